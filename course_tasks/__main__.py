@@ -1,0 +1,164 @@
+"""Learn Celery in Jupyter notebooks.
+
+Usage: python3 -m course_tasks COMMAND [options]
+
+  lab [options]      open the course in JupyterLab; the options are JupyterLab's, e.g. --no-browser --port 9999
+  test [options]     run the course's tests; the options are pytest's, e.g. -x notebooks/00_welcome.ipynb
+  install [--dev]    prepare everything and stop, e.g. at home before a workshop; --dev adds contributors' tools
+  servers            start the broker and the backend, print their URLs and keep them running until Ctrl-C
+  doctor             say what this machine has, what is missing, and what to do about it
+  record [options]   run notebooks and store their outputs in them
+  bench [options]    measure the course against its aims
+
+  --help, --version  this text; the version of the course
+
+The first command to need it makes the folder .venv here: about 300 MB, a minute or two. Later starts take seconds.
+Options after -- go on untouched: `lab -- --help` shows JupyterLab's own help, `test -- --help` that of pytest.
+"""
+
+# Standard library only, for this runs before anything is installed. This file must parse and import on Python 3.6
+# as well, so that an old Python gets one clear line instead of a SyntaxError; what it needs of the course it
+# imports after that.
+
+import difflib
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+OLDEST, NEWEST = (3, 11), (3, 14)  # the Pythons that the course is tested with
+OWN_HELP = ("record", "bench")  # they answer --help themselves
+
+
+def complain(text, code=1):
+    print(f"course_tasks: {text}", file=sys.stderr, flush=True)
+    return code
+
+
+def become(*command):
+    """Replace this process by .venv's Python running the command, with .venv first on PATH as if activated."""
+    from course_tasks.install import PYTHON, VENV
+
+    path = [entry for entry in os.environ.get("PATH", os.defpath).split(os.pathsep) if entry != str(PYTHON.parent)]
+    os.environ["PATH"] = os.pathsep.join([str(PYTHON.parent), *path])
+    os.environ["VIRTUAL_ENV"] = str(VENV)
+    os.environ.pop("PYTHONHOME", None)
+    os.execv(PYTHON, [PYTHON, *command])
+
+
+def start_pair():
+    """Find or start the broker and the backend, for this process and what it becomes. Returns a servers.Pair."""
+    from course_tasks import servers
+
+    pair = servers.ensure()
+    if pair.notice:
+        print(pair.notice, flush=True)
+    return pair
+
+
+def lab(options):
+    start_pair()
+    ours, theirs = str(Path(__file__).resolve().parent / "jupyter"), os.environ.get("JUPYTER_CONFIG_PATH")
+    os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join([ours, theirs] if theirs else [ours])
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # .venv's kernel, even if the user has one of the same name
+    become("-m", "jupyterlab", *options)
+
+
+def test(options):
+    become("-m", "pytest", *options)
+
+
+def servers(options):
+    pair = start_pair()
+    stopping = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
+    print(f"Broker:  {pair.broker}\nBackend: {pair.backend}\nCtrl-C ends this.", flush=True)
+    signal.sigwait(stopping)
+
+
+def record(options):
+    from course_tasks import record
+
+    return record.main(options)
+
+
+def bench(options):
+    from course_tasks import bench
+
+    return bench.main(options)
+
+
+IN_VENV = {"lab": lab, "test": test, "servers": servers, "record": record, "bench": bench}
+COMMANDS = [*IN_VENV, "install", "doctor"]
+
+
+def run(command, options):
+    """Carry out a command. Returns its exit code, if this process does not become another one."""
+    from course_tasks import doctor, install
+    from course_tasks.servers import ServerError
+
+    os.chdir(install.ROOT)
+    try:
+        if command == "doctor":
+            return doctor.main()
+        install.install(dev=command == "install" and "--dev" in options)
+        if command == "install":
+            return print("Ready. Next: python3 -m course_tasks lab")
+        if not install.inside_venv():
+            become("-m", "course_tasks", command, *options)
+        return IN_VENV[command](options[1:] if options[:1] == ["--"] else options)
+    except (install.Problem, ServerError) as error:
+        return complain(error)
+    except KeyboardInterrupt:
+        return complain("Stopped. Nothing needs cleaning up: the same command goes on from here.", 130)
+
+
+def main(argv):
+    """The command line. Returns the exit code: 0 or None done, 1 failed, 2 not understood, 130 stopped by Ctrl-C."""
+    if os.name == "nt":
+        return complain("On Windows the course runs in WSL 2: type `wsl --install`, and clone the course in there.")
+    if sys.version_info[:2] < OLDEST:
+        return complain(too_old())
+    command, options = (argv[0], argv[1:]) if argv else ("--help", [])
+    before_dashes = options[: options.index("--")] if "--" in options else options
+    asks_help = command not in OWN_HELP and {"-h", "--help"}.intersection(before_dashes)
+    if command in ("-h", "--help") or (command in COMMANDS and asks_help):
+        return print(__doc__.strip())
+    if command == "--version":
+        return print(f"course_tasks {version()}, Python {platform.python_version()}")
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, 1)
+        hint = f"Did you mean {near[0]}?" if near else f"The commands are {', '.join(COMMANDS)}."
+        return complain(f"There is no command {command}. {hint}", 2)
+    wrong = [option for option in options if (command, option) != ("install", "--dev")]
+    if wrong and command in ("install", "doctor", "servers"):
+        return complain(f"{command} takes no {wrong[0]}. See: python3 -m course_tasks --help", 2)
+    if sys.version_info[:2] > NEWEST and sys.prefix == sys.base_prefix:  # in .venv it has been said
+        complain(f"Warning: Python {platform.python_version()} is newer than the course was tested with.")
+    return run(command, options)
+
+
+def too_old():
+    """The line for a Python that is too old. Names one that is new enough, if this machine has it."""
+    name, hint = "python3.13", "With one installed"
+    for newer in ("python3.13", "python3.12", "python3.11"):
+        if shutil.which(newer) and subprocess.call([newer, "-c", ""], stderr=subprocess.DEVNULL) == 0:
+            name, hint = newer, "This machine has one"
+            break
+    now = platform.python_version()
+    return f"The course needs Python 3.11 or newer, and this is {now}. {hint}: {name} -m course_tasks lab"
+
+
+def version():
+    import tomllib  # not before Python 3.11
+
+    from course_tasks.install import ROOT
+
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

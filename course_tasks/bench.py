@@ -1,0 +1,215 @@
+"""Measure the course against its aims, each as a ratio to a baseline measured in the same run."""
+
+import argparse
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import xml.etree.ElementTree as ElementTree
+from contextlib import contextmanager
+from pathlib import Path
+
+import nbformat
+import psutil
+
+from course_tasks import record, servers
+from course_tasks.classroom.terminal import READY
+
+ROUNDS = 3  # of what takes seconds; the best counts, as the others have met somebody else's work
+WORKER = "python -m celery -A course_tasks worker --loglevel=INFO --pool=solo"
+FIRST_RESULT = """
+from course_tasks.celery import app
+assert app.send_task("add", args=(4, 5)).get(timeout=30) == 9
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Print a line for each aim; 0 if all are met. `--quick` leaves out the two installations."""
+    parser = argparse.ArgumentParser(prog="python3 -m course_tasks bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="leave out the installations (two to four minutes)")
+    options = parser.parse_args(arguments)
+    met = []
+
+    def report(what: str, took: float, base: float, aim: str, reached: bool) -> None:
+        met.append(reached)
+        print(
+            f"{what:<34}{took:8.2f} s{base:8.2f} s{took / base:7.2f} x   {aim:<14}{'yes' if reached else 'NO'}",
+            flush=True,
+        )
+
+    print(f"{'':<34}{'course':>10}{'baseline':>10}{'ratio':>9}   {'aim':<14}reached")
+    with tempfile.TemporaryDirectory(prefix="course-") as directory:
+        if not options.quick:
+            base, took = fresh_clone(Path(directory))
+            report("fresh clone to first result", took, base, "pip + 5 s", took < base + 5)
+        pair = servers.private(Path(directory, "pair"))
+        base, took = best(plain_lab, course_lab)
+        report("warm lab to its first answer", took, base, "under 3 s", took < 3)
+        base, took = best(worker_in_a_shell, worker_in_a_cell)
+        report("terminal cell to ready", took, base, "1.1 x", took < 1.1 * base)
+        for path in sorted(record.NOTEBOOKS.glob("*.ipynb")):
+            base, took = floor(path), tested(path, Path(directory, "report.xml"))
+            report(f"test of {path.stem}", took, base, "1.25 x", took < 1.25 * base)
+        size = memory(pair)
+        met.append(size < 30)
+        print(f"{'both servers':<34}{size:7.1f} MB{'':<22}{'30 MB':<14}{'yes' if met[-1] else 'NO'}")
+    return 0 if all(met) else 1
+
+
+def best(*measures) -> list[float]:
+    """The shortest of several rounds of each measure, taken in turns, in seconds."""
+    return [min(times) for times in zip(*([measure() for measure in measures] for _ in range(ROUNDS)), strict=True)]
+
+
+@contextmanager
+def process(*command: str, **options):
+    """A process with its output in a pipe, interrupted at the end as Ctrl-C does."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **options}
+    with subprocess.Popen(command, start_new_session=True, **options) as running:
+        try:
+            yield running
+        finally:
+            running.send_signal(signal.SIGTERM)
+            running.communicate(timeout=60)
+
+
+def fresh_clone(directory: Path) -> tuple[float, float]:
+    """Seconds for a plain `pip install` of the requirements in a clone, and from another clone to the first result."""
+    times = []
+    python = Path(sys.base_prefix, "bin", "python3")
+    plain = f"{python} -m venv .venv && .venv/bin/pip install -q -r requirements.txt"
+    ours = f"{python} -m course_tasks install"
+    for name, command in (("plain", plain), ("ours", ours)):
+        clone = directory / name
+        subprocess.run(["git", "clone", "-q", record.ROOT, clone], check=True)
+        start = time.monotonic()
+        subprocess.run(command, shell=True, cwd=clone, check=True, stdout=subprocess.DEVNULL)
+        if name == "ours":
+            environment = {
+                key: value for key, value in os.environ.items() if not key.startswith(("CELERY_", "COURSE_"))
+            }
+            environment |= {"XDG_RUNTIME_DIR": str(directory), "PATH": f"{clone}/.venv/bin:{os.environ['PATH']}"}
+            with (
+                process("python", "-m", "course_tasks", "servers", cwd=clone, env=environment) as pair,
+                process(*shlex.split(WORKER), cwd=clone, env=environment) as worker,
+            ):
+                until(pair, "Backend")
+                until(worker, READY)
+                subprocess.run(["python", "-c", FIRST_RESULT], cwd=clone, env=environment, check=True)
+                times.append(time.monotonic() - start)
+        else:
+            times.append(time.monotonic() - start)
+    return times[0], times[1]
+
+
+def until(running: subprocess.Popen, pattern: str) -> None:
+    """Read what a process prints up to the first line that matches."""
+    read = []
+    for line in running.stdout:
+        read.append(line)
+        if re.search(pattern, line.rstrip()):
+            return
+    raise RuntimeError("".join(read))
+
+
+def course_lab() -> float:
+    """Seconds from `python3 -m course_tasks lab` to the first answer over HTTP."""
+    return lab("-m", "course_tasks", "lab")
+
+
+def plain_lab() -> float:
+    """Seconds from `jupyter lab` to the first answer over HTTP."""
+    return lab("-m", "jupyterlab", "--allow-root")
+
+
+def lab(*command: str) -> float:
+    port = free_port()
+    start = time.monotonic()
+    with process(
+        sys.executable, *command, "--no-browser", f"--port={port}", stdout=subprocess.DEVNULL, cwd=record.ROOT
+    ):
+        while time.monotonic() < start + 60:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/lab", timeout=10).close()
+            except urllib.error.HTTPError:
+                return time.monotonic() - start
+            except OSError:
+                time.sleep(0.01)
+                continue
+            return time.monotonic() - start
+    raise RuntimeError("JupyterLab did not answer within 60 s")
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on at the moment."""
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def worker_in_a_shell(command: str = WORKER) -> float:
+    """Seconds from starting a worker in a shell to its "ready."."""
+    start = time.monotonic()
+    with process("/bin/sh", "-c", f"cd {record.NOTEBOOKS}\n{command}") as worker:
+        until(worker, READY)
+        return time.monotonic() - start
+
+
+def worker_in_a_cell() -> float:
+    """Seconds that a terminal cell with the same command takes."""
+    sources = ["%load_ext course_tasks.classroom", f"%%terminal worker\n{WORKER}", "%stop"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    with record.executing(notebook) as client:
+        for index, cell in enumerate(notebook.cells):
+            start = time.monotonic()
+            client.execute_cell(cell, index)
+            if index == 1:
+                took = time.monotonic() - start
+    return took
+
+
+def floor(path: Path) -> float:
+    """Seconds that no test of the notebook can do without.
+
+    The start of a kernel, the start and the stop of each of its terminal cells' commands in a bare shell, and the
+    waits that it is about, declared as tags (`wait-2` for two seconds).
+    """
+    notebook = nbformat.read(path, as_version=4)
+    start = time.monotonic()
+    with record.executing(nbformat.v4.new_notebook()):
+        seconds = time.monotonic() - start
+    for cell in notebook.cells:
+        seconds += sum(float(tag.partition("-")[2]) for tag in cell.metadata.get("tags", []) if tag.startswith("wait-"))
+        if cell.source.startswith("%%terminal"):
+            start = time.monotonic()
+            worker_in_a_shell(cell.source.partition("\n")[2])
+            seconds += time.monotonic() - start
+    return seconds
+
+
+def tested(path: Path, report: Path) -> float:
+    """Seconds that pytest spends on the notebook's cells, its own start left out."""
+    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", path]
+    subprocess.run(command, cwd=record.ROOT, check=True, stdout=subprocess.DEVNULL)
+    return sum(float(case.get("time")) for case in ElementTree.parse(report).iter("testcase"))
+
+
+def memory(pair: servers.Pair) -> float:
+    """The resident memory of both servers together, in MB (millions of bytes)."""
+    ports = {int(re.search(r":(\d+)/", url)[1]) for url in (pair.broker, pair.backend)}
+    listening = {
+        found.pid for found in psutil.net_connections("tcp") if found.status == "LISTEN" and found.laddr.port in ports
+    }
+    return sum(psutil.Process(pid).memory_info().rss for pid in listening) / 1e6
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

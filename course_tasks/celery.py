@@ -1,0 +1,34 @@
+"""The course's Celery app: what a producer sends with and what a worker runs."""
+
+from celery import Celery
+
+from course_tasks.servers import urls
+
+# CELERY_BROKER_URL and CELERY_RESULT_BACKEND, where set, win over these two: Celery sees to that itself.
+broker, backend = urls()
+
+app = Celery("course_tasks", broker=broker, backend=backend, include=["course_tasks.tasks"])
+
+app.conf.update(
+    # JSON only, in and out: a pickle message can run any code in whoever reads it.
+    accept_content=["json"],
+    task_serializer="json",
+    result_serializer="json",
+    # Times are sent in UTC and shown in UTC, whatever the machine's clock is set to.
+    enable_utc=True,
+    timezone="UTC",
+    # Results leave the backend after an hour: without an end it would fill up.
+    result_expires=3600,
+    # A task being run is STARTED; it would stay PENDING, which an unknown id is too.
+    task_track_started=True,
+    # A server that is silent becomes an error within half a minute, where Celery would wait for ever on a broker
+    # and 40 minutes on a backend; a client that waits for a result gives up a dead backend in 4 s, not in 19.
+    broker_transport_options={"socket_timeout": 5},
+    redis_socket_timeout=5,
+    result_backend_transport_options={"retry_policy": {"max_retries": 5}},
+    # Log lines that fit a terminal: the time without the date, and the first letters of a task's id.
+    worker_log_format="[%(asctime)s %(levelname)s] %(message)s",
+    worker_task_log_format="[%(asctime)s %(levelname)s] %(task_name)s[%(task_id).8s]: %(message)s",
+    worker_log_datefmt="%H:%M:%S",
+    worker_task_log_datefmt="%H:%M:%S",
+)

@@ -1,0 +1,312 @@
+"""The terminal cell: `%%terminal NAME` over a shell command, and `%tail`, `%stop` and `%kill` to go with it."""
+
+import atexit
+import collections
+import contextlib
+import html
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
+from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
+from IPython.display import display
+
+from course_tasks.classroom import ClassroomError
+
+SUPERVISOR = Path(__file__).with_name("supervisor.py")
+# What a program says when it can be used: a worker, a Redis or Valkey server, celery beat, an ASGI server.
+READY = r" ready\.$|Ready to accept connections|beat: Starting\.\.\.|Application startup complete"
+# How a worker says that it is done with a task, one way or another.
+DONE = r"\] (succeeded in|raised (un)?expected|ignored|rejected|INTERNAL ERROR)|Discarding revoked task|Terminat"
+KEPT, SHOWN = 20_000, 300  # lines kept for %tail, lines in the pane
+INTERVAL = 0.15  # seconds between two updates of a pane: smooth to the eye, light for the browser
+ANSI = re.compile(r"\x1b\[([0-9;?]*)([@-~])|\x1b\][^\x07]*\x07")
+# Foregrounds with a contrast of at least 5:1 on the pane's background, which is dark in both themes.
+BACKGROUND, FOREGROUND = "#1b1d23", "#e4e6eb"
+COLOURS = {1: "#ff8f8f", 2: "#8fd694", 3: "#e8c66a", 4: "#8ab8ff", 5: "#dda0f0", 6: "#7fd6d6", 7: "#ffffff"}
+
+
+class Terminal:
+    """One shell command at work in the background, and its log.
+
+    Args:
+        name: what the learner calls it.
+        command: one or more lines of shell; the last one is the process that signals go to.
+        ready: regular expression; the first line of the log that matches says that the command is ready.
+    """
+
+    def __init__(self, name: str, command: str, ready: re.Pattern):
+        self.name, self.command = name, command.strip()
+        self.log: collections.deque[str] = collections.deque(maxlen=KEPT)  # with its colours
+        self.count = 0  # lines ever written, of which the log keeps the last
+        self.seen = 0  # lines that the pane's first text or %tail has shown
+        self.ready_at: int | None = None  # lines written up to the ready line
+        self.running = True
+        self.ordered: str | None = None  # the end that was asked for
+        self.changed = threading.Condition()
+        script, group = _prepared(self.command)
+        environment = {**os.environ, "TERM": "xterm-256color"}
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", SUPERVISOR, script, "group" if group else "single"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,  # Jupyter's interrupt signals the kernel's whole process group
+        )
+        self._ready = ready
+        threading.Thread(target=self._read, daemon=True).start()
+
+    @property
+    def state(self) -> str:
+        """`running`, or how it ended."""
+        if self.running:
+            return "running"
+        code = self.process.returncode
+        return self.ordered or (f"ended with exit code {code}" if code else "finished")
+
+    def _read(self) -> None:
+        for raw in self.process.stdout:
+            line = raw.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2]
+            with self.changed:
+                self.log.append(line)
+                self.count += 1
+                if self.ready_at is None and self._ready.search(plain(line)):
+                    self.ready_at = self.count
+                self.changed.notify_all()
+        self.process.wait()
+        with self.changed:
+            self.running = False
+            self.changed.notify_all()
+
+    def lines(self, start: int = 0, end: int | None = None) -> list[str]:
+        """The lines of the log numbered from `start` up to `end`, of those that are kept."""
+        with self.changed:
+            first = self.count - len(self.log)
+            return list(self.log)[max(0, start - first) : None if end is None else max(0, end - first)]
+
+    def wait(self, condition, timeout: float | None) -> bool:
+        """Wait until `condition()` holds, looking whenever the log grows or ends; False after `timeout` seconds."""
+        with self.changed:
+            return self.changed.wait_for(condition, timeout)
+
+    def order(self, letter: bytes) -> None:
+        """Ask the supervisor for a signal: b"t" for SIGTERM, b"k" for SIGKILL."""
+        self.ordered = "killed" if letter == b"k" else "stopped"
+        with contextlib.suppress(BrokenPipeError):  # it ended in the meantime
+            self.process.stdin.write(letter)
+            self.process.stdin.flush()
+
+    def bundle(self, end: int | None = None) -> dict[str, str]:
+        """What a notebook shows of it: the command, the state and the log's last lines, as text and as HTML."""
+        log = self.lines(0, end)[-SHOWN:]
+        title = f"{self.name}: {self.state}"
+        text = "\n".join([title, *(f"$ {line}" for line in self.command.splitlines()), *map(plain, log)])
+        return {"text/plain": text, "text/html": _pane(self.name, title, self.command, log)}
+
+    def follow(self) -> None:
+        """Show the pane in the running cell, and keep it up to date for as long as the command runs."""
+        self.seen = self.count if self.ready_at is None else self.ready_at
+        shown = display(self.bundle(self.seen), raw=True, display_id=True)
+        if "COURSE_RECORDING" not in os.environ:  # a stored output must not depend on when it was taken
+            threading.Thread(target=self._update, args=[shown], daemon=True).start()
+
+    def _update(self, shown) -> None:
+        drawn = (self.seen, "running")
+        while drawn[1] == "running":
+            self.wait(lambda: (self.count, self.state) != drawn, timeout=None)  # noqa: B023
+            drawn = (self.count, self.state)
+            shown.update(self.bundle(), raw=True)
+            time.sleep(INTERVAL)
+
+
+def plain(line: str) -> str:
+    """The line without its colours."""
+    return ANSI.sub("", line)
+
+
+def _prepared(command: str) -> tuple[str, bool]:
+    """The script to run, and whether signals go to the whole group.
+
+    The last line replaces the shell, as `exec` does, so that signals reach the program itself. A pipeline or a
+    list of commands can't be replaced: there the whole group gets them.
+    """
+    lines = [line for line in re.sub(r"\\\n\s*", " ", command).splitlines() if not re.match(r"\s*(#|$)", line)]
+    try:
+        words = list(shlex.shlex(lines[-1], posix=True, punctuation_chars=True)) if lines else []
+    except ValueError:  # an open quote: the shell has a message for that
+        words = []
+    if not words or any(set(word) <= set("();|&") for word in words if word):
+        return "\n".join(lines), True
+    return "\n".join([*lines[:-1], f"exec env {lines[-1].strip()}"]), False
+
+
+def _pane(name: str, title: str, command: str, log: list[str]) -> str:
+    """The pane as HTML with inline styles only: a notebook that is not trusted yet loses all else."""
+    body, style = [], ""
+    for line in [*(f"\x1b[1;2m$ {part}\x1b[0m" for part in command.splitlines()), *log]:
+        at = 0
+        for found in ANSI.finditer(line):
+            body.append(_span(line[at : found.start()], style))
+            at = found.end()
+            if found[2] == "m":
+                style = _style(found[1], style)
+        body.append(_span(line[at:], style) + "\n")
+    ground = f"background-color:{BACKGROUND};color:{FOREGROUND};"
+    # column-reverse: a box that starts scrolled to its end, so it follows the log with no script
+    return (
+        f'<div style="{ground}border-radius:6px;padding-bottom:6px">'
+        f'<div style="padding:4px 10px;font-weight:bold">{html.escape(title)}</div>'
+        f'<div role="log" tabindex="0" aria-label="log of {html.escape(name)}" '
+        'style="max-height:38em;overflow:auto;display:flex;flex-direction:column-reverse">'
+        f'<pre style="{ground}margin:0;padding:4px 10px;font-size:var(--jp-code-font-size);line-height:1.35;'
+        'flex:none;white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere">'
+        f"{''.join(body)}</pre></div></div>"
+    )
+
+
+def _span(text: str, style: str) -> str:
+    return f'<span style="{style}">{html.escape(text)}</span>' if text and style else html.escape(text)
+
+
+def _style(codes: str, style: str) -> str:
+    """The style after one `ESC [ codes m`; colours and bold are kept, the rest is passed over."""
+    for code in (int(code or 0) for code in codes.split(";") if code.isdigit() or not code):
+        if code == 0:
+            style = ""
+        elif code == 1:
+            style += "font-weight:bold;"
+        elif code % 10 in COLOURS and code // 10 in (3, 9):
+            style = re.sub(r"color:#\w+;", "", style) + f"color:{COLOURS[code % 10]};"
+    return style
+
+
+def _last(terminal: Terminal, lines: int = 12) -> str:
+    """The end of a log, for a message."""
+    log = [plain(line) for line in terminal.lines()[-lines:]]
+    return "\nIts last lines:\n" + "\n".join(log) if log else "\nIt wrote nothing."
+
+
+@magics_class
+class TerminalMagics(Magics):
+    """`%%terminal`, `%tail`, `%stop` and `%kill`. One set for a kernel; its terminals end with it."""
+
+    def __init__(self, shell):
+        super().__init__(shell)
+        self.terminals: dict[str, Terminal] = {}
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """End every terminal: what the end of the kernel does anyway, but waited for."""
+        running = [terminal for terminal in self.terminals.values() if terminal.running]
+        for terminal in running:
+            terminal.process.stdin.close()
+        for terminal in running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                terminal.process.wait(4)  # the supervisor gives the command 3 s
+
+    def _named(self, names: list[str]) -> list[Terminal]:
+        for name in names:
+            if name not in self.terminals:
+                known = ", ".join(self.terminals) or "none yet"
+                raise ClassroomError(f"There is no terminal called {name!r} in this notebook. Started here: {known}.")
+        return [self.terminals[name] for name in names]
+
+    @magic_arguments()
+    @argument("name", help="what to call it, for %%tail, %%stop and %%kill")
+    @argument("--ready", default=READY, help="regular expression for the line that says: ready")
+    @argument("--timeout", type=float, default=30, help="seconds to wait for that line (default: 30)")
+    @cell_magic
+    def terminal(self, line: str, cell: str) -> None:
+        """Run the cell's shell command in the background, and follow its log below the cell.
+
+        The cell ends when the command says that it is ready, or has finished. If it dies before, or is not ready
+        in time, the cell fails and shows the end of the log. Running the cell again replaces the command.
+        """
+        options = parse_argstring(self.terminal, line)
+        if not re.search(r"^\s*[^#\s]", cell, re.MULTILINE):
+            raise ClassroomError(f"There is no command for {options.name!r}: write one below the first line.")
+        if options.name in self.terminals and self.terminals[options.name].running:
+            self._end([self.terminals[options.name]], b"t", 30)
+            print(f"{options.name} was running, and was stopped first.")
+        try:
+            ready = re.compile(options.ready.strip("\"'"))
+        except re.error as error:
+            raise ClassroomError(f"--ready takes a regular expression, and this is none: {error}.") from None
+        terminal = self.terminals[options.name] = Terminal(options.name, cell, ready)
+        try:
+            over = terminal.wait(lambda: terminal.ready_at is not None or not terminal.running, options.timeout)
+        except KeyboardInterrupt:
+            self._end([terminal], b"k", 10)
+            raise ClassroomError(f"Interrupted: {options.name} was stopped before it was ready.") from None
+        if not over:
+            self._end([terminal], b"k", 10)
+            waited = f"{options.timeout:g} s"
+            raise ClassroomError(f"{options.name} was not ready after {waited}, so it was stopped.{_last(terminal)}")
+        if terminal.ready_at is None and (code := terminal.process.wait()):
+            raise ClassroomError(f"{options.name} died before it was ready (exit code {code}).{_last(terminal)}")
+        terminal.follow()
+
+    @magic_arguments()
+    @argument("name", help="which terminal")
+    @argument("--task", help="a task's id: wait for its end, and print the lines about it only")
+    @argument("--timeout", type=float, default=15, help="seconds to wait for that end (default: 15)")
+    @line_magic
+    def tail(self, line: str) -> None:
+        """Print what the log has gained since the last look."""
+        options = parse_argstring(self.tail, line)
+        [terminal] = self._named([options.name])
+        if options.task is None:
+            start, terminal.seen = terminal.seen, terminal.count
+            print("\n".join(plain(line) for line in terminal.lines(start, terminal.seen)) or "(nothing new)")
+            return
+
+        def about() -> list[str]:
+            # a log format may shorten ids to their first eight characters, as the course's own does
+            names = (options.task, f"[{options.task:.8}]")
+            return [text for text in map(plain, terminal.lines()) if any(name in text for name in names)]
+
+        ended = terminal.wait(lambda: any(re.search(DONE, text) for text in about()), options.timeout)
+        print("\n".join(about()) or "(nothing about this task)")
+        if not ended:
+            raise ClassroomError(f"{options.name} has not said within {options.timeout:g} s that this task is over.")
+
+    @magic_arguments()
+    @argument("names", nargs="*", help="which terminals; all that run if none is named")
+    @argument("--timeout", type=float, default=30, help="seconds to wait for their ends (default: 30)")
+    @line_magic
+    def stop(self, line: str) -> None:
+        """Stop terminals, all together: SIGTERM, on which a worker finishes its running tasks first."""
+        options = parse_argstring(self.stop, line)
+        running = [name for name, terminal in self.terminals.items() if terminal.running]
+        self._end_and_say(options.names or running, b"t", options.timeout)
+
+    @magic_arguments()
+    @argument("names", nargs="+", help="which terminals")
+    @line_magic
+    def kill(self, line: str) -> None:
+        """Kill terminals with SIGKILL, as if the plug had been pulled."""
+        self._end_and_say(parse_argstring(self.kill, line).names, b"k", 10)
+
+    def _end_and_say(self, names: list[str], letter: bytes, timeout: float) -> None:
+        terminals = self._named(names)
+        self._end(terminals, letter, timeout)
+        print("\n".join(f"{terminal.name}: {terminal.state}" for terminal in terminals) or "Nothing is running.")
+
+    def _end(self, terminals: list[Terminal], letter: bytes, timeout: float) -> None:
+        for terminal in terminals:
+            if terminal.running:
+                terminal.order(letter)
+        deadline = time.monotonic() + timeout
+        for terminal in terminals:
+            if not terminal.wait(lambda: not terminal.running, deadline - time.monotonic()):  # noqa: B023
+                raise ClassroomError(
+                    f"{terminal.name} is still busy after {timeout:g} s: a warm stop waits for running tasks. "
+                    f"Look with %tail {terminal.name}; %kill {terminal.name} ends it at once."
+                )

@@ -1,0 +1,27 @@
+"""How `python3 -m course_tasks lab` sets up JupyterLab. The user's own settings stay as they are, and unread here.
+
+The look of notebooks is in labconfig/default_setting_overrides.json: defaults, so what a user chose comes first.
+"""
+
+import os
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+c = get_config()  # noqa: F821 (Jupyter defines it)
+c.ServerApp.root_dir = str(ROOT)  # not notebooks/: links to ../README.md must work
+c.ServerApp.allow_root = os.geteuid() == 0  # in a container people are root
+c.LabApp.default_url = "/lab/tree/notebooks/00_welcome.ipynb"
+c.LabApp.workspaces_dir = str(ROOT / ".venv" / "workspaces")  # its own: no tabs from the user's other projects
+c.LabApp.news_url = None
+c.LabApp.check_for_updates_class = "jupyterlab.NeverCheckForUpdate"
+
+# A shell's own start-up file may put another Python first on PATH (pyenv and conda do), so .venv goes on top of it.
+shell = Path(os.environ.get("SHELL", "")).name
+if shell == "bash":
+    c.ServerApp.terminado_settings = {"shell_command": ["bash", "--rcfile", str(HERE / "bashrc")]}
+elif shell == "zsh":
+    theirs = os.environ.get("ZDOTDIR", str(Path.home()))
+    variables = [f"ZDOTDIR={HERE / 'zsh'}", f"USER_ZDOTDIR={theirs}"]
+    c.ServerApp.terminado_settings = {"shell_command": ["env", *variables, "zsh"]}

@@ -1,0 +1,79 @@
+"""pytest's set-up for the course: a pair of servers for each pytest process, and nbval with kernels like JupyterLab's.
+
+Loaded by the `-p` in pyproject.toml, so that `pytest` on a test, on a notebook or on everything finds the same.
+"""
+
+import contextlib
+import tempfile
+import time
+from pathlib import Path
+
+import nbval.kernel
+import pytest
+from nbval.plugin import IPyNbCell
+from redis import Redis
+
+from course_tasks import record, servers
+
+STACK = pytest.StashKey[contextlib.ExitStack]()
+PAIR = pytest.StashKey[servers.Pair]()
+
+
+def pytest_configure(config) -> None:
+    """Compare as sanitize.cfg says, unless another file is named; wait as long as a busy machine may need."""
+    config.option.nbval_sanitize_with = config.option.nbval_sanitize_with or str(record.SANITIZE)
+    config.option.nbval_cell_timeout = record.CELL_TIMEOUT
+
+
+def pytest_sessionstart(session) -> None:
+    """Start the pair, in every process that runs tests (with xdist those are the workers)."""
+    config = session.config
+    if config.option.collectonly or (
+        getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput")
+    ):
+        return
+    stack = config.stash[STACK] = contextlib.ExitStack()
+    directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="course-", ignore_cleanup_errors=True))
+    pair = config.stash[PAIR] = servers.private(Path(directory, "pair"))
+
+    def start_kernel(startup_timeout=60, kernel_name="python3", **options):
+        """nbval's own, but with JupyterLab's environment, sockets that can't clash, and an empty pair."""
+        _empty(pair)
+        manager = stack.enter_context(record.kernel_manager(directory))
+        manager.start_kernel(env=record.kernel_environment(), **options)
+        client = manager.client()
+        client.start_channels()
+        client.wait_for_ready(timeout=startup_timeout)
+        return manager, client
+
+    nbval.kernel.start_new_kernel = start_kernel
+
+
+def pytest_sessionfinish(session) -> None:
+    """Stop what pytest_sessionstart started."""
+    if stack := session.config.stash.get(STACK, None):
+        stack.close()
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """nbval waits 5 s for a cell's outputs after its end and has no option for it: a busy machine needs more."""
+    for item in items:
+        if isinstance(item, IPyNbCell):
+            item.output_timeout = 60
+
+
+@pytest.fixture
+def pair(request) -> servers.Pair:
+    """This process's broker and backend, both empty."""
+    _empty(request.config.stash[PAIR])
+    return request.config.stash[PAIR]
+
+
+def _empty(pair: servers.Pair, timeout: float = 15) -> None:
+    """Wait until nobody is connected any more (a worker on its way out may take a task), then empty both servers."""
+    deadline = time.monotonic() + timeout
+    for url in (pair.broker, pair.backend):
+        with Redis.from_url(url) as server:
+            while len(server.client_list()) > 1 and time.monotonic() < deadline:
+                time.sleep(0.05)
+    servers.flush(pair.broker, pair.backend)

@@ -1,0 +1,189 @@
+"""The course in a real browser: JupyterLab as `lab` starts it, chapter 00 as a learner goes through it."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+
+from course_tasks import record
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
+FLAGS += ["--disable-component-update"]
+SECOND = 1000  # Playwright counts in milliseconds
+WAIT = 90 * SECOND
+
+if os.environ.get("CI"):  # where a missing browser is a failure
+    assert CHROMIUM
+    import playwright.sync_api as api
+elif CHROMIUM:
+    api = pytest.importorskip("playwright.sync_api", reason="needs `python3 -m course_tasks install --dev`")
+else:
+    pytest.skip("needs Chromium", allow_module_level=True)
+
+
+class Lab:
+    """JupyterLab on a copy of the notebooks, so that what is saved is not the course's own."""
+
+    def __init__(self, folder: Path):
+        self.notebooks = folder / "notebooks"
+        shutil.copytree(record.NOTEBOOKS, self.notebooks, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+        shutil.copy(record.ROOT / "README.md", folder)
+        home = folder / "home"
+        home.mkdir()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "course_tasks", "lab", "--no-browser", "--port=0", f"--ServerApp.root_dir={folder}"],
+            cwd=record.ROOT,
+            env={**record.kernel_environment(), "HOME": str(home), "JUPYTER_PREFER_ENV_PATH": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.said = []
+        for line in self.process.stdout:
+            self.said.append(line)
+            if found := re.search(r"http://(?:localhost|127\.0\.0\.1):\d+/lab\S*", line):
+                self.url = found[0]
+                break
+        else:
+            raise AssertionError("".join(self.said))
+        threading.Thread(target=self.process.stdout.read, daemon=True).start()  # a full pipe would stop Lab
+
+    def cells(self) -> list[dict]:
+        """The saved chapter's code cells."""
+        notebook = json.loads((self.notebooks / "00_welcome.ipynb").read_text())
+        return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+    def workers(self) -> list[psutil.Process]:
+        """The workers that Lab's notebooks have started."""
+        found = psutil.Process(self.process.pid).children(recursive=True)
+        return [process for process in found if "celery" in process.cmdline()]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    lab = Lab(tmp_path_factory.mktemp("lab"))
+    yield lab
+    lab.process.kill()
+    lab.process.wait()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, lab, request):
+    context = browser.new_context(
+        color_scheme=getattr(request, "param", "light"), viewport={"width": 1300, "height": 1000}
+    )
+    page = context.new_page()
+    page.set_default_timeout(WAIT)
+    page.goto(lab.url)
+    api.expect(status(page)).to_have_attribute("data-status", "idle", timeout=WAIT)
+    yield page
+    if folder := os.environ.get("COURSE_SCREENSHOTS"):  # to be looked at
+        page.screenshot(path=Path(folder, f"{request.node.name}.png"))
+    context.close()
+
+
+def status(page: api.Page):
+    return page.locator(".jp-Notebook-ExecutionIndicator")
+
+
+def menu(page: api.Page, name: str, entry: str) -> None:
+    page.locator(".lm-MenuBar-itemLabel", has_text=re.compile(f"^{name}$")).click()
+    page.locator(".lm-Menu-itemLabel", has_text=re.compile(f"^{entry}$")).click()
+
+
+def pane(page: api.Page, number: int = 0):
+    """The log of a terminal cell, scrolled to, for Lab keeps only what is near the view."""
+    found = page.locator("[role=log]").nth(number)
+    for _ in range(40):
+        try:
+            found.scroll_into_view_if_needed(timeout=SECOND / 2)
+            return found
+        except api.Error:
+            page.locator(".jp-WindowedPanel-outer").evaluate("view => view.scrollTop += 500")
+    raise AssertionError("there is no terminal pane")
+
+
+def save(page: api.Page, lab: Lab) -> None:
+    before = (lab.notebooks / "00_welcome.ipynb").stat().st_mtime_ns
+    page.keyboard.press("Control+s")
+    page.wait_for_function("() => !document.querySelector('.lm-TabBar-tab.jp-mod-dirty')")
+    assert (lab.notebooks / "00_welcome.ipynb").stat().st_mtime_ns > before
+
+
+def test_lab_opens_on_chapter_00_with_the_courses_settings(page, lab):
+    assert page.url.partition("?")[0].endswith("/lab/tree/notebooks/00_welcome.ipynb")
+    api.expect(page.get_by_role("heading", name=re.compile("^00 Welcome"))).to_be_visible()
+    picture = page.locator("img[alt*=backend]")
+    assert picture.evaluate("image => image.complete && image.naturalWidth") > 0
+    api.expect(page.locator(".jp-toast-button, .Toastify__toast")).to_have_count(0)  # no question about news
+
+
+def test_run_all_shows_the_workers_log_which_grows_and_stop_stops_it(page, lab):
+    menu(page, "Run", "Run All Cells")
+    api.expect(status(page)).to_have_attribute("data-status", "busy", timeout=WAIT)
+    api.expect(status(page)).to_have_attribute("data-status", "idle", timeout=WAIT)
+    page.locator(".jp-WindowedPanel-outer").evaluate("view => view.scrollTop = 0")
+    log = pane(page)
+    api.expect(log).to_contain_text("ready.")
+    api.expect(log).to_contain_text("succeeded in")  # written after the cell had ended
+    api.expect(log.locator("..")).to_contain_text("worker: stopped")
+    assert lab.workers() == []
+    save(page, lab)
+    for cell in lab.cells():
+        assert cell["execution_count"], "".join(cell["source"])
+        assert all(output["output_type"] != "error" for output in cell["outputs"]), cell["outputs"]
+        assert all(output.get("name") != "stderr" for output in cell["outputs"]), cell["outputs"]
+    assert ["9"] in [output.get("data", {}).get("text/plain") for cell in lab.cells() for output in cell["outputs"]]
+
+
+@pytest.mark.parametrize("page", ["light", "dark"], indirect=True)
+def test_the_saved_notebook_shows_the_pane_in_both_themes(page, request):
+    dark = "dark" in request.node.name
+    assert page.locator("body").get_attribute("data-jp-theme-light") == ("false" if dark else "true")
+    log = pane(page)
+    api.expect(log).to_contain_text("succeeded in")
+    colours = log.locator("pre").evaluate(
+        "pre => [getComputedStyle(pre).color, getComputedStyle(pre).backgroundColor, pre.scrollWidth - pre.clientWidth]"
+    )
+    front, back = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in colours[:2])
+    assert front > 500 > 200 > back, "light text on a dark ground"
+    assert colours[2] == 0, "long lines wrap"
+    view = log.evaluate("log => [log.scrollTop, log.scrollHeight > log.clientHeight]")
+    assert view == [0, True], "the end of a long log is what is seen (0 is the end in a reversed box)"
+
+
+def test_a_running_pane_follows_and_closing_lab_leaves_no_worker(page, lab):
+    page.locator(".jp-Notebook .jp-Cell").first.click()
+    page.keyboard.press("Escape")
+    page.keyboard.press("b")
+    page.keyboard.press("Enter")
+    page.keyboard.insert_text(
+        "%%terminal counter --ready 'line 1$'\nn=0; while sleep 0.1; do n=$((n + 1)); echo line $n; done"
+    )
+    page.keyboard.press("Control+Enter")
+    log = page.locator("[role=log][aria-label='log of counter']")
+    api.expect(log).to_contain_text("line 1", timeout=WAIT)
+    api.expect(log).to_contain_text("line 12", timeout=WAIT)
+    running = psutil.Process(lab.process.pid).children(recursive=True)
+    counters = [process for process in running if "echo line" in " ".join(process.cmdline())]
+    assert counters
+    lab.process.send_signal(signal.SIGTERM)
+    assert psutil.wait_procs(counters, timeout=20)[1] == []
+    assert lab.process.wait(20) is not None

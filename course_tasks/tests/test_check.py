@@ -1,0 +1,34 @@
+"""`check` in the cases that no chapter's exercises show."""
+
+import pytest
+
+from course_tasks.exercises import check
+
+
+class Hostile:
+    """An object that fails whatever is done with it."""
+
+    def __getattribute__(self, name):
+        raise RuntimeError("do not touch")
+
+    def __eq__(self, other):
+        raise RuntimeError("do not compare")
+
+
+@pytest.mark.parametrize(
+    "exercise, answer, start",
+    [
+        ("00-9", 1, "There is no exercise '00-9'"),
+        ("99-1", 1, "There is no exercise '99-1'"),
+        ("nonsense", ..., "There is no exercise 'nonsense'"),
+        (None, 1, "There is no exercise None"),
+        ("00-3", ..., "☐ 00-3: still to do"),
+        ("00-3", 5, "✘ 00-3: the answer is to be of type str, and this one is of type int"),
+        ("00-2", Hostile, "✘ 00-2: "),
+        ("00-3", "PENDING", "✔ 00-3"),
+    ],
+)
+def test_check_prints_one_line_and_never_raises(capsys, exercise, answer, start):
+    check(exercise, answer() if answer is Hostile else answer)
+    printed = capsys.readouterr().out
+    assert printed.startswith(start) and printed.count("\n") == 1

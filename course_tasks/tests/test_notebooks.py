@@ -1,0 +1,183 @@
+"""What every notebook must be, whatever it teaches: complete, quiet, small, linked, its exercises judged."""
+
+import re
+import statistics
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient.exceptions import CellExecutionError
+
+from course_tasks import exercises, record
+
+PATHS = sorted(record.NOTEBOOKS.glob("*.ipynb"))
+TEXTS = [*PATHS, record.ROOT / "README.md"]
+MOST = {"cells": 40, "words": 960, "code lines": 220, "lines in a cell": 15, "bytes": 150_000}
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)|<(?:img|a)\b[^>]*?(?:src|href)=\"([^\"]+)\"")
+
+
+def chapters():
+    return pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+
+
+def cells(path: Path, kind: str) -> list[nbformat.NotebookNode]:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == kind]
+
+
+def prose(path: Path) -> str:
+    """A notebook's markdown, or a text file's."""
+    if path.suffix != ".ipynb":
+        return path.read_text()
+    return "\n\n".join(cell.source for cell in cells(path, "markdown"))
+
+
+def tagged(path: Path) -> dict[str, nbformat.NotebookNode]:
+    """The cells that have a tag, by tag."""
+    found = {}
+    for cell in nbformat.read(path, as_version=4).cells:
+        for tag in cell.metadata.get("tags", []):
+            assert tag == "raises-exception" or tag not in found, f"two cells are tagged {tag}"
+            found[tag] = cell
+    return found
+
+
+@chapters()
+def test_outputs_are_stored_complete_and_quiet(path):
+    for number, cell in enumerate(cells(path, "code"), start=1):
+        assert cell.execution_count == number, f"cell {cell.id} was not recorded in order: nbval would compare nothing"
+        for output in cell.outputs:
+            assert output.get("name") != "stderr", f"cell {cell.id} writes to stderr: {output.text}"
+            assert output.output_type != "error" or "raises-exception" in cell.metadata.get("tags", []), cell.id
+            assert (
+                "application/vnd.jupyter.widget-view+json" not in output.get("data", {}) or "text/plain" in output.data
+            )
+    found = path.read_text()
+    assert not re.search(r"/(?:home|Users)/(?!you/)|/root/|/tmp/", found), "a path of the recording machine"
+
+
+@chapters()
+def test_there_is_no_noise_in_the_metadata(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert notebook.metadata.kernelspec.name == "python3"
+    # with less, JupyterLab adds the rest and calls the notebook changed as soon as it is opened
+    assert {"codemirror_mode", "file_extension", "mimetype", "name", "nbconvert_exporter", "pygments_lexer"} < set(
+        notebook.metadata.language_info
+    )
+    for cell in notebook.cells:
+        assert set(cell.metadata) <= {"tags"}, cell.id
+        assert re.fullmatch(r"[a-z0-9-]+", cell.id) and not re.fullmatch(r"[0-9a-f]{8}(-.*)?", cell.id), cell.id
+    assert nbformat.writes(notebook) + "\n" == path.read_text(), "not as `record` writes it"
+
+
+@chapters()
+def test_a_chapter_keeps_to_its_size(path):
+    sources = [cell.source.splitlines() for cell in cells(path, "code")]
+    text = re.sub(r"(?m)^\|.*$|```.*?```|<[^>]*>|\]\([^)]*\)", " ", prose(path), flags=re.DOTALL)
+    sizes = {
+        "cells": len(nbformat.read(path, as_version=4).cells),
+        "words": len(re.findall(r"[A-Za-z0-9_']+", text)),
+        "code lines": sum(map(len, sources)),
+        "lines in a cell": max(map(len, sources)),
+        "bytes": path.stat().st_size,
+    }
+    assert {what: size for what, size in sizes.items() if size > MOST[what]} == {}
+    assert statistics.median(map(len, sources)) <= 4
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)
+def test_links_and_pictures_are_there_and_pictures_have_a_text(path):
+    for picture, text, target, other in LINK.findall(prose(path)):
+        assert not picture or len(text) > 20, f"{target} needs an alternative text that says what it shows"
+        place, _, anchor = (target or other).partition("#")
+        if place.startswith(("http://", "https://")):
+            continue
+        found = path.parent / place if place else path
+        assert found.exists(), f"{place} is not there"
+        if anchor:
+            headings = re.findall(r"(?m)^#+ (.*)$", prose(found))
+            slugs = {re.sub(r"[^\w\- ]", "", heading).strip().replace(" ", "-") for heading in headings}
+            assert anchor.lower() in {slug.lower() for slug in slugs}, f"{found.name} has no heading for #{anchor}"
+
+
+@pytest.mark.parametrize("path", sorted(Path(record.NOTEBOOKS, "figures").glob("*.svg")), ids=lambda path: path.stem)
+def test_a_figure_has_a_title_and_both_themes(path):
+    figure = ElementTree.parse(path).getroot()
+    assert figure.find("{http://www.w3.org/2000/svg}title").text
+    assert "prefers-color-scheme: dark" in path.read_text()
+
+
+@chapters()
+def test_a_chapter_follows_the_template(path):
+    number = PATHS.index(path)
+    first = cells(path, "markdown")[0].source
+    neighbours = {target for _, _, target, _ in LINK.findall(first) if target.endswith(".ipynb")}
+    expected = {other.name for other in PATHS[max(0, number - 1) : number + 2] if other != path}
+    assert neighbours == expected, "the links to the previous and the next chapter"
+    assert first.startswith(f"# {path.stem[:2]}") and re.search(r"\d+ minutes", first)
+    for part in ("**By the end you can**", "**Why it matters", "**You need**"):
+        assert part in first, part
+    assert {"setup", "check-setup"} & set(tagged(path))
+    text = prose(path)
+    assert text.count("**Predict:**") >= 2
+    assert re.search(r"(?m)^## Break it", text)
+    assert text.count("<details>") == text.count("</details>")
+    quiz = text.partition("**Quiz**")[2]
+    assert quiz.count("<summary>") == 3
+    assert cells(path, "code")[-1].source.startswith("%stop"), "a chapter stops its workers at its end"
+
+
+@chapters()
+def test_every_exercise_has_its_cells_and_two_wrong_answers(path):
+    module = f"chapter_{path.stem[:2]}"
+    judged = exercises.all_of(path.stem[:2])
+    assert 2 <= len(judged) <= 3, module
+    tags = tagged(path)
+    named = {tag.partition("-")[2] for tag in tags if re.fullmatch(r"(exercise|check|solution)-\d\d-\d", tag)}
+    assert named == set(judged)
+    for name, exercise in judged.items():
+        assert "= ..." in tags[f"exercise-{name}"].source
+        assert tags[f"check-{name}"].source == f'check("{name}", answer)'
+        assert len(re.findall(r"(?s)```python\n.*?```", tags[f"solution-{name}"].source)) == 1
+        assert len(exercise.wrong) >= 2 and len(set(exercise.wrong.values())) == len(exercise.wrong)
+
+
+@chapters()
+def test_run_all_by_a_learner_who_tries_everything(path, pair):
+    """Run the chapter as Run All does, where a failed cell ends it, and judge every answer where it is asked for.
+
+    Each exercise is left open, then given each of its wrong answers, then its printed solution.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    tags = tagged(path)
+    seen = {}
+
+    with record.executing(notebook) as client:
+
+        def run(cell: nbformat.NotebookNode, source: str | None = None) -> str:
+            """Run a cell, or something in its place; what it printed."""
+            index = next(index for index, other in enumerate(notebook.cells) if other.id == cell.id)
+            notebook.cells[index].source = source or cell.source
+            done = client.execute_cell(notebook.cells[index], index)
+            return "".join(output.get("text", "") for output in done.outputs)
+
+        for cell in list(notebook.cells):
+            try:
+                printed = run(cell) if cell.cell_type == "code" else ""
+            except CellExecutionError as error:
+                pytest.fail(f"{cell.id} ends the learner's Run All: {error}")
+            for name, exercise in exercises.all_of(path.stem[:2]).items():
+                if f"check-{name}" not in cell.metadata.get("tags", []):
+                    continue
+                place, verdict = tags[f"exercise-{name}"], seen.setdefault(name, [])
+                assert printed.startswith(f"☐ {name}"), printed
+                for wrong, reason in exercise.wrong.items():
+                    run(place, wrong)
+                    verdict.append(run(cell))
+                    assert verdict[-1].startswith(f"✘ {name}: ") and reason in verdict[-1], (wrong, verdict[-1])
+                [solution] = re.findall(r"(?s)```python\n(.*?)```", tags[f"solution-{name}"].source)
+                run(place, solution)
+                assert run(cell).startswith(f"✔ {name}"), f"the printed solution of {name} is refused"
+    assert set(seen) == set(exercises.all_of(path.stem[:2]))

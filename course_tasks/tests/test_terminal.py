@@ -1,0 +1,262 @@
+"""The terminal cell in real kernels: what it shows, how it fails, and that it leaves nothing behind."""
+
+import contextlib
+import re
+import signal
+import sys
+import time
+import uuid
+
+import psutil
+import pytest
+
+from course_tasks import record, servers
+
+# Python for `python -c "..."`: each says that it is ready and stays, the last two with a word on SIGTERM
+WAITING = "import time; print('{mark} ready.', flush=True); time.sleep(600)"
+DEAF = "import signal; signal.signal(15, signal.SIG_IGN); " + WAITING
+SLOW = "import signal; signal.signal(15, lambda *_: (time.sleep(1), exit())); " + WAITING
+
+
+class Kernel:
+    """A kernel with the course's extension loaded."""
+
+    def __init__(self, manager):
+        self.manager = manager
+        self.client = manager.client()
+        self.client.start_channels()
+        self.client.wait_for_ready(timeout=60)
+        assert self.run("%load_ext course_tasks.classroom") == []
+
+    def run(self, code: str, wait: bool = True) -> list[dict]:
+        """The cell's outputs, live updates left out; with wait=False, its message id."""
+        message = self.client.execute(code, stop_on_error=False)
+        outputs = []
+        while wait:
+            found = self.client.get_iopub_msg(timeout=60)
+            content, kind = found["content"], found["msg_type"]
+            if found["parent_header"].get("msg_id") != message or kind in ("execute_input", "update_display_data"):
+                continue
+            if kind == "status":
+                if content["execution_state"] == "idle":
+                    return outputs
+                continue
+            outputs.append(content)
+        return message
+
+    def text(self, code: str) -> str:
+        """What the cell printed."""
+        return "".join(output["text"] for output in self.run(code))
+
+    def error(self, code: str) -> str:
+        """The message of the cell's error, of which the learner must see nothing else."""
+        [error] = [output for output in self.run(code) if "ename" in output]
+        assert error["traceback"] == [error["evalue"]], "a traceback is shown"
+        return error["evalue"]
+
+    def updates(self, text: str, timeout: float = 20) -> dict:
+        """The first live update of a pane whose text has `text` in it."""
+        deadline = time.monotonic() + timeout
+        while (left := deadline - time.monotonic()) > 0:
+            found = self.client.get_iopub_msg(timeout=left)
+            if found["msg_type"] == "update_display_data" and text in found["content"]["data"]["text/plain"]:
+                return found["content"]["data"]
+        raise AssertionError(f"no update with {text!r} within {timeout} s")
+
+
+@pytest.fixture
+def kernel(pair):
+    with record.kernel_manager() as manager:
+        manager.start_kernel(env=record.kernel_environment(), cwd=str(record.NOTEBOOKS))
+        kernel = Kernel(manager)
+        yield kernel
+        kernel.client.stop_channels()
+
+
+@pytest.fixture
+def mark():
+    """A word that a test's processes have in their command lines, and none of which may be left at its end."""
+    mark = f"mark{uuid.uuid4().hex}"
+    yield mark
+    assert gone(mark), "processes were left behind"
+
+
+def processes(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if mark in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def gone(mark: str, timeout: float = 10) -> bool:
+    """Whether all processes with the mark end within `timeout` seconds."""
+    _, alive = psutil.wait_procs(processes(mark), timeout)
+    return not alive and not processes(mark)
+
+
+def cell(mark: str, head: str = "%%terminal one", script: str = WAITING) -> str:
+    return f'{head}\npython -c "{script.format(mark=mark)}"'
+
+
+def test_the_pane_shows_the_command_and_the_log_up_to_ready_and_then_follows(kernel, mark):
+    script = f"import time; print('\\033[31mred\\033[0m <b>'); print('{mark} ready.', flush=True); input(); print('on')"
+    [pane] = kernel.run(f'%%terminal one\nprintf "first\\n"\npython -c "{script}"')
+    text, html = pane["data"]["text/plain"], pane["data"]["text/html"]
+    assert text.splitlines()[:2] == ["one: running", '$ printf "first\\n"']
+    assert text.splitlines()[-3:] == ["first", "red <b>", f"{mark} ready."]
+    assert re.search(r'<span style="color:#\w+;">red</span> &lt;b&gt;', html), "colours kept, text escaped"
+    assert 'role="log"' in html and "<script" not in html
+    kernel.text("%stop one")
+    assert "red" in kernel.updates("one: stopped")["text/plain"]
+
+
+def test_the_pane_grows_and_tail_prints_what_is_new_since_the_last_look(kernel, mark, tmp_path):
+    go = tmp_path / mark
+    kernel.run(f"%%terminal one\necho ' ready.'\nwhile [ ! -e {go} ]; do sleep 0.02; done; echo more; sleep 600")
+    assert kernel.text("%tail one") == "(nothing new)\n"
+    go.touch()
+    kernel.updates("more")
+    assert kernel.text("%tail one") == "more\n"
+    assert kernel.text("%tail one") == "(nothing new)\n"
+    assert kernel.text("%stop one") == "one: stopped\n"
+
+
+def test_a_worker_a_task_and_its_lines_alone(kernel, mark):
+    worker = (
+        f"python -m celery -A course_tasks worker --loglevel=INFO --pool=threads -c 2 --without-mingle -n {mark}@%h"
+    )
+    [pane] = kernel.run(f"%%terminal worker\n{worker}")
+    assert pane["data"]["text/plain"].endswith(" ready.")
+    kernel.run("from course_tasks.celery import app\none, two = [app.send_task('add', args=(n, n)) for n in (1, 2)]")
+    lines = kernel.text("%tail worker --task {two.id}").splitlines()
+    assert len(lines) == 2 and lines[0].endswith("received") and lines[1].endswith(": 4")
+    assert kernel.text("%stop worker") == "worker: stopped\n"
+    assert "Warm shutdown" in kernel.text("%tail worker")
+
+
+def test_beat_a_server_and_a_script_are_known_to_be_ready(kernel, mark, tmp_path):
+    beat = f"python -m celery -A course_tasks beat --schedule {tmp_path}/{mark}"
+    assert "Starting..." in kernel.run(f"%%terminal beat\n{beat}")[0]["data"]["text/plain"]
+    server = f"{servers.server_binary()} --port 0 --unixsocket {tmp_path}/{mark} --save ''"
+    assert "Ready to accept" in kernel.run(f"%%terminal server\n{server}")[0]["data"]["text/plain"]
+    [script] = kernel.run('%%terminal script\npython -c "print(6 * 7)"')
+    assert script["data"]["text/plain"].splitlines()[0] == "script: finished"
+    assert script["data"]["text/plain"].splitlines()[-1] == "42"
+    assert kernel.text("%stop beat server script") == "beat: stopped\nserver: stopped\nscript: finished\n"
+
+
+def test_several_are_stopped_together(kernel, mark):
+    for name in ("one", "two", "three"):
+        kernel.run(cell(mark, f"%%terminal {name}", SLOW))
+    start = time.monotonic()
+    assert kernel.text("%stop") == "one: stopped\ntwo: stopped\nthree: stopped\n"
+    assert time.monotonic() - start < 3 * 1.0  # one after the other would take more
+
+
+def test_kill_leaves_no_child_of_a_prefork_worker(kernel, mark):
+    worker = f"python -m celery -A course_tasks worker --pool=prefork -c 2 --without-mingle -n {mark}@%h"
+    kernel.run(f"%%terminal worker --ready 'celery@|{mark}@.* ready'\n{worker} --loglevel=INFO")
+    assert len(processes(mark)) >= 4  # supervisor, main process, two children
+    assert kernel.text("%kill worker") == "worker: killed\n"
+    assert gone(mark, 2)
+
+
+def test_running_the_cell_again_replaces_the_command(kernel, mark):
+    kernel.run(cell(mark))
+    [first] = [process for process in processes(mark) if "-I" not in process.cmdline()]
+    outputs = kernel.run(cell(mark))
+    assert outputs[0]["text"] == "one was running, and was stopped first.\n"
+    assert not first.is_running()
+    kernel.text("%stop one")
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("%%terminal one\nno-such-command-{mark} --option", r"one died .* \(exit code 127\)[\s\S]*no-such-command-"),
+        ('%%terminal one\npython -c "print(5); {mark}"', r"one died .* \(exit code 1\)[\s\S]*\n5\n[\s\S]*NameError"),
+        ("%%terminal one\ncd /no-such-{mark}\necho here", r"one died .* \(exit code \d\)[\s\S]*no-such-"),
+        ("%%terminal one\ntrue\nfalse", r"one died .* \(exit code 1\)[\s\S]*It wrote nothing"),
+        ('%%terminal one\necho "{mark}', r"one died [\s\S]*[Uu]nterminated|unexpected EOF"),
+        (
+            "%%terminal one --timeout 0.5\npython -c \"import time; '{mark}'; time.sleep(600)\"",
+            r"one was not ready after 0.5 s",
+        ),
+        ("%%terminal one --ready '(['\necho {mark}", r"--ready takes a regular expression"),
+        ("%%terminal one\n# nothing but a comment {mark}", r"There is no command for 'one'"),
+        ("%tail nobody", r"no terminal called 'nobody'.*none yet"),
+        ("%stop nobody", r"no terminal called 'nobody'.*none yet"),
+    ],
+)
+def test_what_can_go_wrong_has_one_clear_message(kernel, mark, source, message):
+    assert re.search(message, kernel.error(source.replace("{mark}", mark)))
+    assert gone(mark, 2)
+
+
+@pytest.mark.parametrize("line", ["%%terminal\necho", "%tail", "%%terminal one --nonsense\necho", "%kill"])
+def test_a_wrong_option_has_one_clear_line(kernel, line):
+    [output] = kernel.run(line)
+    assert output["name"] == "stderr" and re.fullmatch(r"UsageError: .*\n", output["text"])
+
+
+def test_a_task_that_does_not_end_is_said_so(kernel, mark):
+    kernel.run(cell(mark))
+    assert "has not said within 0.3 s" in kernel.error("%tail one --task 123 --timeout 0.3")
+    kernel.text("%stop one")
+
+
+def test_a_warm_stop_that_takes_too_long_is_said_so_and_kill_helps(kernel, mark):
+    kernel.run(cell(mark, script=DEAF))
+    assert "%kill one" in kernel.error("%stop one --timeout 0.5")
+    assert kernel.text("%kill one") == "one: killed\n"
+
+
+def test_interrupting_a_start_stops_it(kernel, mark):
+    message = kernel.run(cell(mark, "%%terminal one --ready never"), wait=False)
+    wait_for(lambda: processes(mark))
+    kernel.manager.interrupt_kernel()
+    while (found := kernel.client.get_iopub_msg(timeout=20))["msg_type"] != "error":
+        assert found["parent_header"].get("msg_id") == message or found["msg_type"] != "error"
+    assert "Interrupted" in found["content"]["evalue"] and len(found["content"]["traceback"]) == 1
+    assert gone(mark, 5)
+
+
+def test_interrupting_another_cell_leaves_the_worker_alone(kernel, mark):
+    kernel.run(cell(mark))
+    kernel.run("import time; print('now', flush=True); time.sleep(60)", wait=False)
+    while kernel.client.get_iopub_msg(timeout=20)["content"].get("text") != "now\n":
+        pass
+    kernel.manager.interrupt_kernel()
+    while kernel.client.get_iopub_msg(timeout=20)["content"].get("ename") != "KeyboardInterrupt":
+        pass
+    assert processes(mark)
+    kernel.text("%stop one")
+
+
+@pytest.mark.parametrize("how", ["restart", "shutdown", "sigkill", "supervisor"])
+def test_no_end_of_the_kernel_leaves_anything_behind(kernel, mark, how):
+    kernel.run(cell(mark, script=DEAF))
+    kernel.run(cell(mark, "%%terminal two"))
+    assert len(processes(mark)) >= 4
+    if how == "restart":
+        kernel.manager.restart_kernel()
+    elif how == "shutdown":
+        kernel.manager.shutdown_kernel()
+    elif how == "sigkill":
+        psutil.Process(kernel.manager.provisioner.process.pid).send_signal(signal.SIGKILL)
+    elif sys.platform == "linux":
+        for process in processes(mark):
+            if "-I" in process.cmdline():
+                process.kill()
+    else:
+        pytest.skip("only Linux ends a child with its parent")
+    assert gone(mark, 5)
+
+
+def wait_for(condition, timeout: float = 20) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -1,0 +1,232 @@
+"""The Celery app and its tasks, with real workers, as a learner starts them."""
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from celery.exceptions import SoftTimeLimitExceeded, TaskRevokedError
+from kombu.exceptions import EncodeError
+from redis import Redis
+
+from course_tasks.celery import app
+from course_tasks.tasks import add, add_long
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS = ROOT / "notebooks"
+COMMAND = "python -m celery -A course_tasks worker --loglevel=INFO --pool="
+STARTS = {  # a worker: the folder it is started in, and the command
+    "gevent": (ROOT, COMMAND + "gevent"),
+    "gevent in notebooks": (NOTEBOOKS, COMMAND + "gevent"),
+    "prefork": (ROOT, COMMAND + "prefork --concurrency=1"),
+    "threads": (NOTEBOOKS, COMMAND + "threads --concurrency=1"),
+    "solo": (ROOT, COMMAND + "solo"),
+}
+TIMEOUT = 60  # seconds, far above what anything here takes
+
+
+def until(condition, what: str):
+    """Wait until `condition()` is true, and return what it is then."""
+    deadline = time.monotonic() + TIMEOUT
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.05)
+    pytest.fail(f"not within {TIMEOUT} s: {what}")
+
+
+class Worker:
+    """A running worker, alone with its database on the broker (the first: 0), so that all can run at once."""
+
+    def __init__(self, number: int, folder: Path, command: str, log: Path):
+        broker = f"{os.environ['CELERY_BROKER_URL'].rpartition('/')[0]}/{number}"
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        self.log = log
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                shlex.split(command),
+                cwd=folder,
+                env=os.environ | {"PATH": path, "CELERY_BROKER_URL": broker},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.connection = app.connection_for_write(broker)
+
+    def send(self, name: str, *args, **options):
+        """Send a task, known by its name alone."""
+        return app.send_task(name, args, connection=self.connection, **options)
+
+    def logged(self, pattern: str) -> re.Match:
+        """Wait for a line in the log."""
+        return until(lambda: re.search(pattern, self.log.read_text(), re.M), f"{pattern!r} in the log")
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory):
+    """All the workers, by name; at the end each must stop warmly."""
+    folder = tmp_path_factory.mktemp("workers")
+    with contextlib.ExitStack() as stack:
+        running = {}
+        for number, (name, start) in enumerate(STARTS.items()):
+            worker = running[name] = Worker(number, *start, folder / f"{number}.log")
+            stack.callback(worker.connection.release)
+            stack.callback(lambda w=worker: os.killpg(w.process.pid, signal.SIGKILL) if w.process.poll() is None else 0)
+        yield running
+        for worker in running.values():
+            worker.process.terminate()
+        for name, worker in running.items():
+            assert worker.process.wait(TIMEOUT) == 0, f"{name}:\n{worker.log.read_text()}"
+            assert "Warm shutdown" in worker.log.read_text()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def client():
+    """Leave no connection behind: other tests wait until the pair has none."""
+    yield
+    app.pool.force_close_all()
+    app.backend.result_consumer.stop()
+    app.backend.client.close()
+
+
+def python(code: str, folder: Path = ROOT, **variables) -> str:
+    """Run code in a Python of its own, whose only settings of Celery's are `variables`; return what it prints."""
+    names = ("CELERY_BROKER_URL", "CELERY_RESULT_BACKEND", "COURSE_RUNTIME")
+    env = {name: value for name, value in os.environ.items() if name not in names} | variables
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_worker_of_every_pool_runs_add_and_knows_only_our_two_tasks(workers, name):
+    worker = workers[name]
+    assert worker.send("add", 4, 5).get(timeout=TIMEOUT) == 9
+    worker.logged(r"^\[\d\d:\d\d:\d\d INFO\] Task add\[[\w-]{36}\] succeeded in \S+: 9$")
+    assert re.findall(r"^  \. (\S+)$", worker.log.read_text(), re.M) == ["add", "add_long"]
+
+
+def test_a_client_may_also_import_the_tasks(workers):
+    result = add.apply_async((4, 5), connection=workers["threads"].connection)
+    assert result.get(timeout=TIMEOUT) == 9
+    assert (add.name, add_long.name) == ("add", "add_long")
+
+
+def test_add_long_is_started_before_it_is_done(workers):
+    states = []
+    result = workers["threads"].send("add_long", 4, 5, kwargs={"seconds": 0.3})
+    assert result.get(timeout=TIMEOUT, on_message=lambda message: states.append(message["status"])) == 9
+    assert states == ["STARTED", "SUCCESS"]
+    workers["threads"].logged(rf"^\[[\d:]+ INFO\] add_long\[{result.id[:8]}\]: adding 4 and 5 ")
+
+
+def test_add_long_takes_as_long_as_it_is_told():
+    start = time.monotonic()
+    assert add_long(4, 5, seconds=0.25) == 9
+    assert time.monotonic() - start >= 0.25
+
+
+def test_a_revoke_ends_add_long_in_a_green_pool(workers):
+    worker = workers["gevent"]
+    result = worker.send("add_long", 4, 5, kwargs={"seconds": 2 * TIMEOUT})
+    until(lambda: result.state == "STARTED", "STARTED")
+    result.revoke(terminate=True)
+    with pytest.raises(TaskRevokedError):
+        result.get(timeout=TIMEOUT)
+
+
+def test_a_soft_time_limit_ends_add_long_in_prefork(workers):
+    result = workers["prefork"].send("add_long", 4, 5, kwargs={"seconds": 2 * TIMEOUT}, soft_time_limit=1)
+    with pytest.raises(SoftTimeLimitExceeded):
+        result.get(timeout=TIMEOUT)
+
+
+def test_only_json_is_sent(workers):
+    with pytest.raises(EncodeError, match="set is not JSON serializable"):
+        workers["threads"].send("add", {1}, {2})
+
+
+def test_only_json_is_accepted(workers):
+    worker = workers["threads"]
+    refused = worker.send("add", 4, 5, serializer="pickle")
+    worker.logged("Refusing to deserialize untrusted content of type pickle")
+    assert worker.send("add", 4, 5).get(timeout=TIMEOUT) == 9
+    assert refused.state == "PENDING"
+    refused.forget()
+
+
+def test_a_result_expires(workers):
+    result = workers["threads"].send("add", 4, 5)
+    result.get(timeout=TIMEOUT)
+    with Redis.from_url(os.environ["CELERY_RESULT_BACKEND"]) as backend:
+        assert 3600 - TIMEOUT < backend.ttl(f"celery-task-meta-{result.id}") <= 3600
+
+
+def test_times_are_utc():
+    assert app.conf.enable_utc and str(app.timezone) == "UTC"
+
+
+URLS = {"CELERY_BROKER_URL": "redis://localhost:1/0", "CELERY_RESULT_BACKEND": "redis://localhost:2/0"}
+PRINT_PORTS = "print(app.connection_for_write().port, app.connection_for_read().port, app.backend.connparams['port'])"
+
+
+def test_the_environment_beats_the_running_pair():
+    assert python(f"from course_tasks.celery import app; {PRINT_PORTS}", **URLS) == "1 1 2"
+
+
+def test_it_does_so_too_when_set_after_the_import():
+    code = f"import os; from course_tasks.celery import app; os.environ.update({URLS}); {PRINT_PORTS}"
+    assert python(code) == "1 1 2"
+
+
+def test_without_an_environment_the_running_pair_is_used():
+    code = f"""
+from course_tasks import servers
+servers.urls = lambda: {tuple(URLS.values())}
+from course_tasks.celery import app
+{PRINT_PORTS}
+"""
+    assert python(code) == "1 1 2"
+
+
+def test_a_silent_server_is_an_error_and_not_a_wait_for_ever():
+    code = """
+from course_tasks.celery import app
+try:
+    {}
+except Exception as error:
+    print(error)
+"""
+    calls = ["app.send_task('add', (4, 5), ignore_result=True)", "app.AsyncResult('x').state"]
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor() as together:
+        urls = dict.fromkeys(URLS, f"redis://127.0.0.1:{listener.getsockname()[1]}/0")
+        errors = together.map(lambda call: python(code.format(call), **urls), calls)
+        assert set(errors) == {"Timeout reading from socket"}
+
+
+def test_the_worker_side_needs_nothing_of_the_classroom(tmp_path):
+    code = "import sys, course_tasks.tasks; print(*sorted(sys.modules))"
+    modules = python(code, tmp_path, **URLS).split()
+    ours = {name for name in modules if name.startswith("course_tasks")}
+    assert ours == {"course_tasks", "course_tasks.celery", "course_tasks.servers", "course_tasks.tasks"}
+    assert not {"gevent", "eventlet", "IPython", "ipywidgets", "nbformat"} & set(modules)
+
+
+def test_importing_the_app_costs_little_more_than_making_an_empty_one():
+    codes = {"empty": "from celery import Celery; Celery('x')", "ours": "from course_tasks.celery import app"}
+    seconds = {name: [] for name in codes}
+    for _ in range(6):  # in turn, so that a busy machine slows down both
+        for name, code in codes.items():
+            _, status, usage = os.wait4(os.posix_spawn(sys.executable, [sys.executable, "-c", code], os.environ), 0)
+            assert status == 0
+            seconds[name].append(usage.ru_utime + usage.ru_stime)
+    assert min(seconds["ours"]) < 1.25 * min(seconds["empty"])
