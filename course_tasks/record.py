@@ -9,6 +9,7 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import nbformat
 from jupyter_client.manager import KernelManager
@@ -91,8 +92,11 @@ def comparable(cell: nbformat.NotebookNode) -> list:
 
 
 def _anonymous(value):
-    """The value without this machine: its platform, its name, and the place of the clone."""
+    """The value without this machine: its platform, its name, the place of the clone, and the ports in use."""
     if isinstance(value, str):
+        for role, variable in (("broker", "CELERY_BROKER_URL"), ("backend", "CELERY_RESULT_BACKEND")):
+            port = urlsplit(os.environ[variable]).port
+            value = value.replace(f"localhost:{port}/", f"localhost:{servers.DEFAULT_PORTS[role]}/")
         value = value.replace(platform.platform(), platform.system()).replace(str(ROOT), "/home/you/course")
         return value.replace(f"@{socket.gethostname()}", "@laptop")
     if isinstance(value, list):

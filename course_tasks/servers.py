@@ -46,7 +46,6 @@ CONTAINER_DIR = "/data"  # the server's option dir in a container of the officia
 VARIABLES = {"broker": "CELERY_BROKER_URL", "backend": "CELERY_RESULT_BACKEND"}
 MINIMUM = (6, 2)  # kombu needs it
 CLONE = Path(__file__).resolve().parents[1]
-LOOPBACK = ("127.0.0.1", "[::1]")
 
 GRACE = 2.0  # seconds without a lease before the guard stops the pair
 START_LIMIT = 10.0  # seconds for a new pair to answer
@@ -99,11 +98,10 @@ def running() -> Pair | None:
     try:
         if given := _given(GLANCE):
             return given
-        directory = _directory()
-        if _guarded(directory) and (state := _state(directory)):
-            return _pair(state, "clone", state["notice"])
+        if (state := _state(_directory())) and state["guarded"]:
+            return _pair(state["ports"], "clone", state["notice"])
         ports = _wanted()
-        return _pair(ports, "compose") if _owners(ports, CONTAINER_DIR, GLANCE) == {"course"} else None
+        return _pair(ports, "compose") if _owner(ports, CONTAINER_DIR, GLANCE) == "course" else None
     except ServerError:
         return None
 
@@ -115,9 +113,9 @@ def urls() -> tuple[str, str]:
     """
     broker, backend = (os.environ.get(VARIABLES[role]) for role in ROLES)
     if not (broker and backend):
-        ports = _state(_directory()) or DEFAULT_PORTS
-        broker, backend = broker or _url(ports["broker"]), backend or _url(ports["backend"])
-    return broker, backend
+        state = _state(_directory())
+        pair = _pair(state["ports"] if state and state["guarded"] else DEFAULT_PORTS, "clone")
+    return broker or pair.broker, backend or pair.backend
 
 
 def flush(*urls: str) -> None:
@@ -129,16 +127,16 @@ def flush(*urls: str) -> None:
     given = [] if os.environ.get("COURSE_RUNTIME") else [os.environ.get(name) for name in VARIABLES.values()]
     ours = {(mark, str(folder)) for mark in MARKS.values() for folder in (_directory(), CONTAINER_DIR)}
     with contextlib.ExitStack() as stack:
-        servers = []
-        for url in urls:
-            try:
-                servers.append(stack.enter_context(_Connection(url, PATIENCE)))
-                if url in given or servers[-1].mark() not in ours:
+        try:
+            servers = {}
+            for url in urls:
+                servers[url] = stack.enter_context(_Connection(url, PATIENCE))
+                if url in given or servers[url].mark() not in ours:
                     raise ValueError("the course did not start that server")
-            except (OSError, ValueError) as error:
-                raise ServerError(f"Nothing is emptied. {_shown(url)}: {_reason(error)}.") from None
-        for server in servers:
-            server.call("FLUSHALL")
+            for url in servers:
+                servers[url].ask(("FLUSHALL",))
+        except (OSError, ValueError) as error:
+            raise ServerError(f"{_shown(url)} is not emptied: {_reason(error)}.") from None
 
 
 def find_server() -> tuple[str, str]:
@@ -195,7 +193,7 @@ def _given(seconds: float) -> Pair | None:
             if not url:
                 raise ValueError("it is not set, and the other one is")
             with _Connection(url, seconds) as server:
-                _version("redis_version:", str(server.call("INFO", "server")))
+                _version("redis_version:", "\n".join(server.ask(("INFO", "server"))))
         except (OSError, ValueError) as error:
             remedy = "Correct that, or unset both variables: the course then starts its own servers."
             raise ServerError(f"{VARIABLES[role]} ({_shown(url)}): {_reason(error)}. {remedy}") from None
@@ -224,27 +222,9 @@ def _directory(given: str | Path | None = None) -> Path:
     return Path(base).resolve() / f"course-tasks-{os.getuid()}-{zlib.crc32(os.fsencode(CLONE)):08x}"
 
 
-def _url(port: int) -> str:
-    return f"redis://localhost:{port}/0"
-
-
-def _parsed(url: str) -> SplitResult:
-    """Split a URL; ValueError, which repeats no part of it, if it cannot be a server's."""
-    with contextlib.suppress(ValueError):
-        parts = urlsplit(url)
-        if "@" not in parts.path + parts.fragment and (parts.port or True):  # reading the port checks it
-            return parts
-    raise ValueError("it is no readable URL (in a password / is %2F, ? is %3F, # is %23, @ is %40)")
-
-
 def _shown(url: str) -> str:
     """A URL as it may be printed: without user, password and options."""
-    try:
-        parts = _parsed(url)
-    except ValueError:
-        return "not shown"
-    user, at, host = parts.netloc.rpartition("@")
-    return f"{parts.scheme}://{'***' if user else ''}{at}{host}{parts.path}" if url else "empty"
+    return re.sub("//.*@", "//***@", url).partition("?")[0]
 
 
 def _reason(error: Exception) -> str:
@@ -255,25 +235,28 @@ def _reason(error: Exception) -> str:
 
 
 class _Connection:
-    """A connection to a Redis server, in RESP2; all that is asked on it takes at most `seconds`.
+    """A connection to a Redis server; all that is asked on it takes at most `seconds`.
 
     Raises OSError or ValueError, whatever it is that listens there.
     """
 
     def __init__(self, url: str, seconds: float):
-        parts = _parsed(url)
+        try:
+            parts = urlsplit(url)
+            address = (parts.hostname or "localhost", parts.port or 6379)
+        except ValueError:  # whose text may hold a piece of the password
+            raise ValueError("that is no URL (in a password write / as %2F, ? as %3F, # as %23)") from None
         if parts.scheme not in ("redis", "rediss"):
             raise ValueError("the course needs Redis or Valkey, at a URL that begins with redis:// or rediss://")
         self._deadline = time.monotonic() + seconds
-        self._buffer = b""
-        self._socket = socket.create_connection((parts.hostname or "localhost", parts.port or 6379), seconds)
+        self._socket = socket.create_connection(address, seconds)
         try:
             if parts.scheme == "rediss":
                 self._socket = _encrypted(self._socket, parts)
             if parts.password:
-                self.call("AUTH", *filter(None, map(unquote, (parts.username or "", parts.password))))
+                self.ask(("AUTH", *filter(None, map(unquote, (parts.username or "", parts.password)))))
             if database := parts.path.strip("/"):
-                self.call("SELECT", database)
+                self.ask(("SELECT", database))
         except BaseException:
             self._socket.close()
             raise
@@ -284,47 +267,30 @@ class _Connection:
     def __exit__(self, *_):
         self._socket.close()
 
-    def call(self, *words: str) -> str | list:
-        """Send one command and return its reply."""
-        request = b"*%d\r\n" % len(words)
-        for word in map(str.encode, words):
-            request += b"$%d\r\n%s\r\n" % (len(word), word)
+    def ask(self, *commands: tuple[str, ...]) -> list[str]:
+        """Send commands, and a PING whose answer ends theirs; return the lines of the answers (RESP2)."""
+        request = b""
+        for command in (*commands, ("PING",)):
+            words = [word.encode() for word in command]
+            request += b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words)
         self._socket.sendall(request)
-        return self._reply()
-
-    def mark(self) -> tuple[str, str]:
-        """(dbfilename, dir): servers of ours are known by these two options. Reading them writes nothing."""
-        if self.call("PING") == "PONG":
-            values = [self.call("CONFIG", "GET", option) for option in ("dbfilename", "dir")]
-            if all(isinstance(value, list) and len(value) == 2 for value in values):
-                return values[0][1], values[1][1]
-        raise ValueError("it does not answer as Redis does")
-
-    def _reply(self, nested: bool = False) -> str | list:
-        line = self._take(None)
-        kind, rest = line[:1], line[1:]
-        if kind == "-":
-            raise ValueError(f"it answers {rest!r}")
-        if kind in ("+", ":") or line == "$-1":
-            return rest
-        if kind == "$":
-            return self._take(int(rest))
-        if kind == "*" and not nested:
-            return [self._reply(nested=True) for _ in range(int(rest))]
-        raise ValueError("it does not answer as Redis does")
-
-    def _take(self, size: int | None) -> str:
-        """Read a line, or so many bytes, and the end of line that follows."""
-        while (end := self._buffer.find(b"\r\n") if size is None else size) < 0 or len(self._buffer) < end + 2:
+        answer = b""
+        while not answer.endswith(b"+PONG\r\n"):
             if (left := self._deadline - time.monotonic()) <= 0:  # it may go on for ever, byte by byte
                 raise TimeoutError("timed out")
             self._socket.settimeout(left)
             chunk = self._socket.recv(65536)
-            self._buffer += chunk
-            if not chunk or len(self._buffer) > 2**20:
+            answer += chunk
+            if error := re.search(rb"^-(.*)\r\n", answer, re.MULTILINE):
+                raise ValueError(f"it answers {error[1].decode(errors='replace')!r}")
+            if not chunk or answer[:1] not in b"+-*$" or len(answer) > 2**20:
                 raise ValueError("it does not answer as Redis does")
-        taken, self._buffer = self._buffer[:end], self._buffer[end + 2 :]
-        return taken.decode(errors="replace")
+        return answer.decode(errors="replace").split("\r\n")
+
+    def mark(self) -> tuple[str, ...]:
+        """(dbfilename, dir): servers of ours are known by these two options. Reading them writes nothing."""
+        lines = self.ask(("CONFIG", "GET", "dbfilename"), ("CONFIG", "GET", "dir"))
+        return tuple(lines[4:10:5])  # *2, $10, dbfilename, $.., VALUE, *2, $3, dir, $.., VALUE, +PONG
 
 
 def _encrypted(plain: socket.socket, parts: SplitResult) -> socket.socket:
@@ -339,29 +305,27 @@ def _encrypted(plain: socket.socket, parts: SplitResult) -> socket.socket:
     return context.wrap_socket(plain, server_hostname=parts.hostname)
 
 
-def _owner(role: str, port: int, folder: str | Path, seconds: float, *command: str) -> str:
-    """Who listens on a port of the loopback: "nobody", "course" (this role's mark, that folder) or "other".
+def _owner(ports: dict[str, int], folder: str | Path, seconds: float, *command: str) -> str:
+    """Who listens on these ports of the loopback, IPv4 and IPv6: "nobody", "course" or "other".
 
-    The command, if there is one, is sent to a server of the course alone.
+    The course does if each role's port has a server with its mark and that folder, and nothing else. Such a
+    server, and none but such, is sent the command.
     """
-    owner = "nobody"
-    for host in LOOPBACK:
-        try:
-            with _Connection(f"redis://{host}:{port}", seconds) as server:
-                if server.mark() != (MARKS[role], str(folder)):
+    found = set()
+    for role, port in ports.items():
+        for host in ("127.0.0.1", "[::1]"):
+            try:
+                with _Connection(f"redis://{host}:{port}", seconds) as server:
+                    if server.mark() != (MARKS[role], str(folder)):
+                        return "other"
+                    found.add(role)
+                    if command:
+                        server.ask(command)
+            except (OSError, ValueError) as error:
+                absent = (errno.ECONNREFUSED, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # the last two: no IPv6
+                if getattr(error, "errno", None) not in absent:
                     return "other"
-                owner = "course"
-                if command:
-                    server.call(*command)
-        except (OSError, ValueError) as error:
-            absent = (errno.ECONNREFUSED, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # the last two: no IPv6
-            if getattr(error, "errno", None) not in absent:
-                return "other"
-    return owner
-
-
-def _owners(ports: dict[str, int], folder: str | Path, seconds: float, *command: str) -> set[str]:
-    return {_owner(role, ports[role], folder, seconds, *command) for role in ROLES}
+    return {0: "nobody", len(ports): "course"}.get(len(found), "other")
 
 
 # --- the runtime directory -------------------------------------------------------------------------------
@@ -375,18 +339,20 @@ def _ours(directory: Path) -> bool:
 
 
 def _state(directory: Path) -> dict | None:
-    """What pair.json says: each role's port, the guard's process id, the notice. None if there is nothing."""
+    """What pair.json says (ports, notice, the guard's process id), and whether its guard lives to lock it."""
     try:
-        if not _ours(directory):  # another user's word about where our broker is
-            return None
-        state = json.loads((directory / "pair.json").read_text())
-        return state if {*ROLES, "guard", "notice"} <= state.keys() else None
-    except (OSError, ValueError, AttributeError):
-        return None
+        if _ours(directory):  # and not another user's word about where our broker is
+            with (directory / "pair.json").open() as file:
+                told, guarded = json.load(file), not _locked(file.fileno(), fcntl.LOCK_SH)
+            ports = {role: int(told["ports"][role]) for role in ROLES}
+            return {"ports": ports, "notice": told["notice"], "guard": int(told["guard"]), "guarded": guarded}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
 
 
-def _pair(ports: dict, origin: str, notice: str = "") -> Pair:
-    return Pair(_url(ports["broker"]), _url(ports["backend"]), origin, notice)
+def _pair(ports: dict[str, int], origin: str, notice: str = "") -> Pair:
+    return Pair(*(f"redis://localhost:{ports[role]}/0" for role in ROLES), origin, notice)
 
 
 def _locked(descriptor: int, kind: int) -> bool:
@@ -420,20 +386,11 @@ def _hold(directory: Path) -> None:
     os.set_inheritable(_leases[directory], True)
 
 
-def _guarded(directory: Path) -> bool:
-    """Whether a guard lives, which locks pair.json as long as it does."""
-    try:
-        with (directory / "pair.json").open() as file:
-            return not _locked(file.fileno(), fcntl.LOCK_SH)
-    except OSError:
-        return False
-
-
 def _healthy(directory: Path) -> Pair | None:
     """The pair of this directory, if it has a guard and both its servers answer."""
     state = _state(directory)
-    if state and _guarded(directory) and _owners(state, directory, PATIENCE) == {"course"}:
-        return _pair(state, "clone", state["notice"])
+    if state and state["guarded"] and _owner(state["ports"], directory, PATIENCE) == "course":
+        return _pair(state["ports"], "clone", state["notice"])
     return None
 
 
@@ -465,19 +422,19 @@ def _obtain(directory: Path, wanted: dict[str, int] | None) -> Pair:
 def _fresh(directory: Path, wanted: dict[str, int] | None, start: int) -> Pair:
     """Find compose's pair, or start one: on the wanted ports if they are free, else on others."""
     _clear(directory)
-    owners = _owners(wanted, CONTAINER_DIR, GLANCE) if wanted else set()
-    if owners == {"course"}:
+    owner = _owner(wanted, CONTAINER_DIR, GLANCE) if wanted else ""
+    if owner == "course":
         return _pair(wanted, "compose")
     binary, _ = find_server()
     for attempt in range(4):  # a port that was free may be taken a moment later
-        if attempt == 0 and owners == {"nobody"}:
+        if attempt == 0 and owner == "nobody":
             ports, notice = wanted, ""
         else:
             with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
                 ports = {"broker": one.getsockname()[1], "backend": two.getsockname()[1]}
             notice = "Ports {} and {} are not both free: the broker is on port {} and the backend on port {}."
             notice = notice.format(*wanted.values(), *ports.values()) if wanted else ""
-        problem = _start(directory, {**ports, "notice": notice}, binary, start)
+        problem = _start(directory, {"ports": ports, "notice": notice}, binary, start)
         if not problem:
             return _pair(ports, "clone", notice)
     raise ServerError(f"{binary} does not start ({problem}). Its logs are in {directory}.")
@@ -486,13 +443,15 @@ def _fresh(directory: Path, wanted: dict[str, int] | None, start: int) -> Pair:
 def _clear(directory: Path) -> None:
     """Take away what is left of a pair that does not answer: a guard, servers that lost theirs, pair.json."""
     if state := _state(directory):
-        if _guarded(directory):  # so the process id is still the guard's
+        if state["guarded"]:  # so the process id is still the guard's
             with contextlib.suppress(ProcessLookupError):
                 os.kill(state["guard"], signal.SIGTERM)
             os.close(_lock(directory / "pair.json", fcntl.LOCK_SH, PATIENCE))
-        deadline = time.monotonic() + 1
-        while _owners(state, directory, GLANCE, "SHUTDOWN", "NOSAVE") != {"nobody"} and time.monotonic() < deadline:
-            time.sleep(0.05)
+        stop = ("SHUTDOWN", "NOSAVE")
+        for role, port in state["ports"].items():
+            deadline = time.monotonic() + 1
+            while _owner({role: port}, directory, GLANCE, *stop) != "nobody" and time.monotonic() < deadline:
+                time.sleep(0.05)
     (directory / "pair.json").unlink(missing_ok=True)
 
 
@@ -519,8 +478,8 @@ def _guard(binary: str, text: str, start: str) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
             for role in ROLES:
-                servers[role] = _server(role, binary, state[role])
-            if problem := _wait(servers, state):
+                servers[role] = _server(role, binary, state["ports"][role])
+            if problem := _wait(servers, state["ports"]):
                 print(problem)
                 return
             json.dump(state, file)
@@ -549,13 +508,13 @@ def _guard(binary: str, text: str, start: str) -> None:
 def _server(role: str, binary: str, port: int) -> subprocess.Popen:
     """Start a server in the current directory, which becomes part of its mark."""
     guard, die_with_guard = os.getpid(), None
-    if sys.platform == "linux":
+    with contextlib.suppress(ImportError, AttributeError):  # no ctypes, or not Linux: see _clear()
         import ctypes
 
-        kernel = ctypes.CDLL(None)
+        prctl = ctypes.CDLL(None).prctl
 
         def die_with_guard():
-            kernel.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+            prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
             if os.getppid() != guard:
                 os._exit(1)
 
@@ -566,14 +525,14 @@ def _server(role: str, binary: str, port: int) -> subprocess.Popen:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=die_with_guard)
 
 
-def _wait(servers: dict[str, subprocess.Popen], state: dict) -> str:
+def _wait(servers: dict[str, subprocess.Popen], ports: dict[str, int]) -> str:
     """Wait until both servers answer; return what went wrong, or nothing."""
     deadline = time.monotonic() + START_LIMIT
-    while _owners(state, Path.cwd(), GLANCE) != {"course"}:
+    while _owner(ports, Path.cwd(), GLANCE) != "course":
         for role, server in servers.items():
             if server.poll() is not None:
                 last = Path(f"{role}.log").read_text(errors="replace").strip().rpartition("\n")[2]
-                return f"{role}, port {state[role]}: {last or f'it ends with {server.returncode}'}"
+                return f"{role}, port {ports[role]}: {last or f'it ends with {server.returncode}'}"
         if time.monotonic() > deadline:
             return f"no answer in {START_LIMIT:.0f} s"
         time.sleep(0.005)

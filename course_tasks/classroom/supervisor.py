@@ -41,6 +41,7 @@ def main(command: str, group: bool) -> int:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(ignored, signal.SIG_IGN)
+    started, starter = os.pipe()  # not inherited: its end tells that the child has become the command
     pid, terminal = pty.fork()
     if pid == 0:
         for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGCHLD, signal.SIGPIPE):
@@ -48,6 +49,8 @@ def main(command: str, group: bool) -> int:
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
         _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         os.execv("/bin/sh", ["/bin/sh", "-e", "-c", command])
+    os.close(starter)
+    os.read(started, 1)  # before that, signals would find no process group, or be ignored
     readers, deadline, status = [0, terminal, wake], None, None
     while status is None:
         timeout = None if deadline is None else max(0.0, deadline - time.monotonic())

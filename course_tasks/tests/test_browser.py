@@ -39,8 +39,9 @@ class Lab:
         shutil.copy(record.ROOT / "README.md", folder)
         home = folder / "home"
         home.mkdir()
+        places = [f"--ServerApp.root_dir={folder}", f"--LabApp.workspaces_dir={home}"]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "course_tasks", "lab", "--no-browser", "--port=0", f"--ServerApp.root_dir={folder}"],
+            [sys.executable, "-m", "course_tasks", "lab", "--no-browser", "--port=0", *places],
             cwd=record.ROOT,
             env={**record.kernel_environment(), "HOME": str(home), "JUPYTER_PREFER_ENV_PATH": "1"},
             stdout=subprocess.PIPE,

@@ -10,12 +10,14 @@ import socket
 import subprocess
 import sys
 import time
-import tomllib
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from redis import Redis
-from redis.exceptions import ConnectionError as NotYet
+from redis.exceptions import ConnectionError
 
 from course_tasks import servers
 
@@ -101,115 +103,135 @@ def test_workers_are_asked_for_and_can_be_many(compose):
         assert worker["environment"][variable] == f"redis://{SERVICES[role]}:{servers.DEFAULT_PORTS[role]}/0"
 
 
+def installed(service: dict) -> dict[str, Distribution]:
+    """What the Dockerfile's `pip install` brings, by name, as this environment has it."""
+    words = shlex.split(re.search("^RUN (.+)$", service["build"]["dockerfile_inline"], re.M)[1])
+    assert words[:-1] == ["pip", "install", "--no-cache-dir", "-c", "constraints.txt"]
+    wanted, found = [Requirement(words[-1])], {}
+    for requirement in wanted:  # which grows
+        found[canonicalize_name(requirement.name)] = package = distribution(requirement.name)
+        for needs in map(Requirement, package.requires or []):
+            extras = requirement.extras or {""}
+            if not needs.marker or any(needs.marker.evaluate({"extra": extra}) for extra in extras):
+                wanted += [needs] * (needs not in wanted)
+    return found
+
+
 def test_the_workers_image_is_pinned_and_not_roots(compose):
-    dockerfile = compose["services"]["worker"]["build"]["dockerfile_inline"]
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    python = re.search(r"^FROM python:3\.(\d+)-slim$", dockerfile, re.M)
-    assert project["requires-python"] == ">=3.11" and 11 <= int(python[1]) <= 13
-    packages = re.search(r"^RUN pip install --no-cache-dir -c constraints.txt (.+)$", dockerfile, re.M)[1].split()
+    worker = compose["services"]["worker"]
     constraints = (ROOT / "course_tasks" / "constraints.txt").read_text()
-    assert all(re.search(rf"^{package}==", constraints, re.M) for package in packages)
-    assert {"celery", "redis", "gevent"} == set(packages)
+    packages = installed(worker)
+    assert {"celery", "redis", "gevent"} <= packages.keys()
+    assert [name for name in packages if not re.search(f"^{name}==", constraints, re.M)] == []
+    dockerfile = worker["build"]["dockerfile_inline"]
+    assert 11 <= int(re.search(r"^FROM python:3\.(\d+)-slim$", dockerfile, re.M)[1]) <= 13
     assert dockerfile.splitlines()[-1] == "USER nobody"
 
 
-class Containers:
-    """The services' commands, run by this machine's own programs on free ports."""
-
-    def __init__(self, compose: dict, directory: Path):
-        self.services = compose["services"]
-        self.data = {role: directory / role for role in servers.ROLES}
-        for path in self.data.values():
-            path.mkdir()
-        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in servers.ROLES]
-        self.ports = dict(zip(servers.ROLES, [s.getsockname()[1] for s in sockets], strict=True))
-        for each in sockets:
-            each.close()
-        self.app = directory / "app"
-        self.running = {}
-
-    def local(self, role: str, text: str) -> str:
-        """Put this machine's directory and port for the container's."""
-        text = text.replace(servers.CONTAINER_DIR, str(self.data[role]))
-        return text.replace(f"{SERVICES[role]}:", "localhost:").replace(
-            str(servers.DEFAULT_PORTS[role]), str(self.ports[role])
-        )
-
-    def redis(self, role: str) -> Redis:
-        return Redis(port=self.ports[role], decode_responses=True)
-
-    def up(self, role: str) -> None:
-        """Start a server and wait until it answers."""
-        command = shlex.split(self.local(role, self.services[SERVICES[role]]["command"]))
-        command[0] = shutil.which("redis-server") or servers.find_server()[0]
-        self.running[role] = subprocess.Popen([*command, "--bind", "127.0.0.1"], stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + TIMEOUT
-        with self.redis(role) as redis:
-            while True:
-                try:
-                    return redis.ping()
-                except NotYet:
-                    assert self.running[role].poll() is None and time.monotonic() < deadline, command
-                    time.sleep(0.02)
-
-    def down(self, name: str) -> None:
-        """Stop a process as `docker compose stop` does, by SIGTERM."""
-        process = self.running.pop(name)
-        process.terminate()
-        assert process.wait(TIMEOUT) == 0
-
-    def kill(self) -> None:
-        for process in self.running.values():
-            process.kill()
-            process.wait()
-
-    def health(self, role: str) -> int:
-        """Run the health check and return its exit code."""
-        kind, *command = self.services[SERVICES[role]]["healthcheck"]["test"]
-        assert kind == "CMD"
-        return subprocess.run([self.local(role, word) for word in command], capture_output=True).returncode
-
-    def copy(self) -> None:
-        """Copy what the Dockerfile copies to where it copies it."""
-        build = self.services["worker"]["build"]
-        for line in re.findall(r"^COPY (.+)$", build["dockerfile_inline"], re.M):
-            *patterns, target = line.split()
-            (self.app / target).mkdir(parents=True, exist_ok=True)
-            for pattern in patterns:
-                files = list((ROOT / build["context"]).glob(pattern))
-                assert files, pattern
-                for file in files:
-                    shutil.copy(file, self.app / target)
-
-    def environment(self) -> dict[str, str]:
-        """The worker's environment, by which a client here can find the same servers."""
-        given = self.services["worker"]["environment"]
-        mine = {name: value for name, value in os.environ.items() if name != "COURSE_RUNTIME"}
-        urls = (given["CELERY_BROKER_URL"], given["CELERY_RESULT_BACKEND"])
-        return mine | {
-            name: self.local(role, url) for name, role, url in zip(given, servers.ROLES, urls, strict=True)
-        }
-
-    def work(self, log: Path) -> None:
-        """Start a worker that has nothing of the course but what is in the image."""
-        python, *rest = shlex.split(self.services["worker"]["command"])
-        assert python == "python"
-        with log.open("w") as file:
-            self.running["worker"] = subprocess.Popen(
-                [sys.executable, *rest], cwd=self.app, env=self.environment(), stdout=file, stderr=file
-            )
-
-    def client(self, code: str) -> str:
-        """Run a client's code, and return what it prints."""
-        command = [sys.executable, "-c", f"from course_tasks.celery import app; {code}"]
-        done = subprocess.run(
-            command, cwd=self.app, env=self.environment(), capture_output=True, text=True, timeout=TIMEOUT
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
+# From here on this machine's programs run the commands: ports, directory and host names are put in their place.
 
 
 @pytest.fixture
-def containers(compose, tmp_path):
-    with contextlib.closing(Containers(compose, tmp_path)) as running:
-        yield running
+def services(tmp_path) -> dict:
+    """The services, for this machine."""
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        broker, backend = one.getsockname()[1], other.getsockname()[1]
+    new = {"/data": tmp_path, "6379": broker, "6380": backend, "//redis-broker": "//127.0.0.1"}
+    new["//redis-backend"] = new["//redis-broker"]
+    text = re.sub("|".join(new), lambda found: str(new[found[0]]), FILE.read_text())
+    return needed("yaml").safe_load(text)["services"]
+
+
+@contextlib.contextmanager
+def running(command: list, **settings):
+    """Run a command; at the end stop it as `docker compose stop` does, with SIGTERM."""
+    with subprocess.Popen(command, **settings) as process:
+        try:
+            yield process
+            process.terminate()
+            assert process.wait(TIMEOUT) == 0
+        finally:
+            process.kill()
+
+
+@contextlib.contextmanager
+def server(service: dict):
+    """Run a server's command and yield a client of it, once it answers."""
+    _, *words = shlex.split(service["command"])
+    program = shutil.which("redis-server") or servers.find_server()[0]
+    deadline = time.monotonic() + TIMEOUT
+    with (
+        running([program, *words, "--bind", "127.0.0.1"], stdout=subprocess.DEVNULL) as process,
+        Redis("127.0.0.1", int(words[words.index("--port") + 1]), decode_responses=True) as redis,
+    ):
+        while True:
+            with contextlib.suppress(ConnectionError):
+                redis.ping()
+                break
+            assert process.poll() is None and time.monotonic() < deadline, words
+            time.sleep(0.02)
+        yield redis
+
+
+def healthy(service: dict) -> bool:
+    """Run a health check."""
+    kind, *command = service["healthcheck"]["test"]
+    assert kind == "CMD"
+    return subprocess.run(command, capture_output=True, timeout=TIMEOUT).returncode == 0
+
+
+def image(service: dict, folder: Path) -> dict:
+    """Build what the image holds, and nothing else; return how to run a process in it."""
+    packages, app = folder / "packages", folder / "app"
+    packages.mkdir()
+    for package in installed(service).values():
+        for top in {file.parts[0] for file in package.files} - {".."}:
+            if not (packages / top).exists():
+                (packages / top).symlink_to(package.locate_file(top))
+    build = service["build"]
+    for line in re.findall("^COPY (?:--chmod=644 )?(.+)$", build["dockerfile_inline"], re.M):
+        *patterns, target = line.split()
+        (app / target).mkdir(parents=True, exist_ok=True)
+        for pattern in patterns:
+            files = list((ROOT / build["context"]).glob(pattern))
+            assert files, f"nothing to copy: {pattern}"
+            for file in files:
+                shutil.copy(file, app / target)
+    return {"cwd": app, "env": service["environment"] | {"PYTHONPATH": str(packages)}}
+
+
+def test_a_full_server_refuses_and_a_foreign_error_is_not_health(services):
+    for role in servers.ROLES:
+        service = services[SERVICES[role]]
+        with server(service) as redis:
+            assert redis.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+            assert redis.config_get("maxmemory") != {"maxmemory": "0"}
+            if shutil.which("redis-cli"):
+                assert healthy(service)
+                redis.config_set("requirepass", "secret")
+                assert not healthy(service)
+        if shutil.which("redis-cli"):
+            assert not healthy(service)
+
+
+def test_a_queued_task_outlives_the_broker_and_a_result_goes_with_the_backend(services, tmp_path):
+    worker = services["worker"]
+    settings = image(worker, tmp_path)
+    python = [sys.executable, "-S"]  # -S: without this environment's packages
+    program, *words = shlex.split(worker["command"])
+    assert program == "python"
+
+    def client(code: str) -> str:
+        command = [*python, "-c", f"from course_tasks.celery import app; print({code})"]
+        return subprocess.check_output(command, **settings, text=True, timeout=TIMEOUT).strip()
+
+    with server(services["redis-backend"]) as results:
+        with server(services["redis-broker"]):
+            task = client("app.send_task('add', (4, 5)).id")
+        with server(services["redis-broker"]) as queue:
+            assert queue.llen("celery") == 1
+            with running([*python, *words], **settings):
+                assert client(f"app.AsyncResult('{task}').get(timeout={TIMEOUT})") == "9"
+        assert results.keys() == [f"celery-task-meta-{task}"]
+    with server(services["redis-backend"]) as results:
+        assert results.keys() == []

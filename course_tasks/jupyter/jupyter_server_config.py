@@ -1,6 +1,6 @@
-"""How `python3 -m course_tasks lab` sets up JupyterLab. The user's own settings stay as they are, and unread here.
+"""How `python3 -m course_tasks lab` sets up JupyterLab, in front of the user's own settings, which stay as they are.
 
-The look of notebooks is in labconfig/default_setting_overrides.json: defaults, so what a user chose comes first.
+What can be changed in Lab's menus is in labconfig/default_setting_overrides.json: a default, so the user's choice wins.
 """
 
 import os
@@ -18,10 +18,9 @@ c.LabApp.news_url = None
 c.LabApp.check_for_updates_class = "jupyterlab.NeverCheckForUpdate"
 
 # A shell's own start-up file may put another Python first on PATH (pyenv and conda do), so .venv goes on top of it.
-shell = Path(os.environ.get("SHELL", "")).name
-if shell == "bash":
-    c.ServerApp.terminado_settings = {"shell_command": ["bash", "--rcfile", str(HERE / "bashrc")]}
-elif shell == "zsh":
-    theirs = os.environ.get("ZDOTDIR", str(Path.home()))
-    variables = [f"ZDOTDIR={HERE / 'zsh'}", f"USER_ZDOTDIR={theirs}"]
-    c.ServerApp.terminado_settings = {"shell_command": ["env", *variables, "zsh"]}
+shell = os.environ.get("SHELL", "")
+if shell.endswith("/bash"):
+    c.ServerApp.terminado_settings = {"shell_command": [shell, "--rcfile", str(HERE / "bashrc")]}
+elif shell.endswith("/zsh"):
+    variables = [f"ZDOTDIR={HERE / 'zsh'}", f"USER_ZDOTDIR={os.environ.get('ZDOTDIR', Path.home())}"]
+    c.ServerApp.terminado_settings = {"shell_command": ["env", *variables, shell]}

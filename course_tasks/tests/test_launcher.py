@@ -1,0 +1,609 @@
+"""The command line: real processes in copies of the clone, with an empty home and without the network.
+
+The copies install one tiny wheel, made here, instead of the course's requirements: a full installation takes a
+minute, and CI and `bench` do that one. The last tests run the real thing in the clone itself.
+"""
+
+import ast
+import base64
+import hashlib
+import http.server
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+import zipfile
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import websocket
+from jupyter_client import BlockingKernelClient
+
+from course_tasks import servers
+from course_tasks.install import ROOT, VENV
+
+HOST = sys._base_executable  # a Python outside of any virtual environment
+LINE = re.compile(r"course_tasks: [^\n]+\n")  # all that a user sees of an error
+TINY = {
+    "tiny.py": "def main():\n    print('tiny runs')\n",
+    "tiny-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n",
+    "tiny-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    "tiny-1.0.dist-info/entry_points.txt": "[console_scripts]\ntiny = tiny:main\n",
+}
+READY = "Ready. Next: python3 -m course_tasks lab\n"
+NO_INDEX = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
+
+
+def environment(home, **more):
+    """The environment of a newcomer: this one's PATH, an empty home, nothing of this pytest's or of pip's set-up."""
+    ours = ("CELERY_", "COURSE_", "JUPYTER_", "PIP_", "PYTHON", "PYTEST_", "VIRTUAL_ENV", "XDG_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    return kept | NO_INDEX | {"HOME": str(home)} | more
+
+
+def until(condition, what, seconds=60):
+    """Wait until the condition holds; return what it returned."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.02)
+    return found
+
+
+def free_port():
+    with closing(socket.create_server(("127.0.0.1", 0))) as probe:
+        return probe.getsockname()[1]
+
+
+def listens(port):
+    with closing(socket.socket()) as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+class Clone:
+    """A copy of the launcher in a directory of its own."""
+
+    def __init__(self, root):
+        self.root, self.home = root, root.with_name("home")
+        self.home.mkdir()
+        root.mkdir()
+        self.move(root.name)
+        shutil.copy(ROOT / "pyproject.toml", root)
+        shutil.copytree(
+            ROOT / "course_tasks", root / "course_tasks", ignore=shutil.ignore_patterns("tests", "__pycache__")
+        )
+        (root / "course_tasks" / "constraints.txt").write_text("")
+        self.ports = {role: free_port() for role in servers.ROLES}  # other tests may hold the usual ones
+        module = root / "course_tasks" / "servers.py"
+        module.write_text(
+            re.sub(r"^DEFAULT_PORTS = .*", f"DEFAULT_PORTS = {self.ports}", module.read_text(), flags=re.M)
+        )
+        with zipfile.ZipFile(root.with_name("tiny-1.0-py3-none-any.whl"), "w") as wheel:
+            record = "tiny-1.0.dist-info/RECORD,,\n"
+            for name, text in TINY.items():
+                digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
+                wheel.writestr(name, text)
+                record += f"{name},sha256={digest},{len(text)}\n"
+            wheel.writestr("tiny-1.0.dist-info/RECORD", record)
+        self.require("tiny==1.0")
+
+    def require(self, requirement):
+        (self.root / "requirements.txt").write_text(f"--find-links ..\n{requirement}\n")
+
+    def move(self, name):
+        self.root = self.root.rename(self.root.with_name(name))
+        self.venv, self.stamp = self.root / ".venv", self.root / ".venv" / "course.json"
+
+    def start(self, *words, python=HOST, prefix=(), **more):
+        return subprocess.Popen(
+            [*prefix, python, "-m", "course_tasks", *words],
+            cwd=self.root, env=environment(self.home, **more), stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    def run(self, *words, **more):
+        return ended(self.start(*words, **more))
+
+    def works(self):
+        """Whether the script that pip put into .venv runs."""
+        try:
+            return (
+                subprocess.check_output([self.venv / "bin" / "tiny"], text=True, stderr=subprocess.DEVNULL)
+                == "tiny runs\n"
+            )
+        except (OSError, subprocess.CalledProcessError):
+            return False
+
+
+def ended(process):
+    """(exit code, standard output, standard error) of a process that must end by itself."""
+    try:
+        out, err = process.communicate(timeout=90)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert "Traceback" not in out + err
+    return process.returncode, out, err
+
+
+@pytest.fixture
+def clone(tmp_path):
+    return Clone(tmp_path / "clone")
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A clone with a complete .venv, made by two first runs at once. The tests leave it complete."""
+    clone = Clone(tmp_path_factory.mktemp("installed") / "clone")
+    clone.files = {path.name for path in clone.root.iterdir()}
+    clone.first_runs = [ended(process) for process in [clone.start("install") for _ in range(2)]]
+    return clone
+
+
+# What is said before anything is installed
+
+
+def test_help_names_every_command_and_installs_nothing(clone):
+    from course_tasks.__main__ import COMMANDS
+
+    pages = [clone.run(*words) for words in ([], ["--help"], ["lab", "-h"], ["test", "-x", "--help"])]
+    assert [page for page in pages if page != pages[0]] == []
+    code, out, err = pages[0]
+    assert (code, err) == (0, "")
+    assert sorted(re.findall(r"^  ([a-z]+) ", out, re.MULTILINE)) == sorted(COMMANDS)
+    assert not clone.venv.exists()
+
+
+def test_version(clone):
+    assert clone.run("--version")[:2] == (0, "course_tasks 0.1.0, Python {}.{}.{}\n".format(*sys.version_info))
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["lap"], "There is no command lap. Did you mean lab?"),
+        (["xyzzy"], "There is no command xyzzy. The commands are lab, test,"),
+        (["install", "--fast"], "install takes no --fast"),
+        (["doctor", "now"], "doctor takes no now"),
+    ],
+)
+def test_unknown_words_are_refused_in_one_line(clone, words, wanted):
+    code, out, err = clone.run(*words)
+    assert (code, out) == (2, "")
+    assert LINE.fullmatch(err) and wanted in err
+    assert not clone.venv.exists()
+
+
+def old_pythons():
+    """Pythons from 3.6 to 3.10 on this machine: a path for each minor version."""
+    versions = sorted(Path(sys.base_prefix).parent.glob("3.*/bin/python3"))  # where pyenv keeps them
+    versions += filter(None, (shutil.which(f"/usr/bin/python3.{minor}") for minor in range(6, 11)))
+    found = {re.search(r"3\.(\d+)", str(path))[1]: str(path) for path in versions}
+    return [path for minor, path in found.items() if 6 <= int(minor) <= 10]
+
+
+@pytest.mark.skipif(not old_pythons(), reason="no Python from 3.6 to 3.10 on this machine")
+def test_python_too_old(clone):
+    for python in old_pythons():
+        code, out, err = clone.run("lab", python=python)
+        assert (code, out) == (1, "")
+        assert LINE.fullmatch(err) and "needs Python 3.11 or newer, and this is 3." in err
+    assert not clone.venv.exists()
+
+
+def test_the_command_line_parses_on_old_pythons():
+    source = (ROOT / "course_tasks" / "__main__.py").read_text()
+    ast.parse(source, feature_version=(3, 7))  # as far back as ast goes
+
+
+def test_python_newer_than_tested_is_a_warning(clone):
+    main = clone.root / "course_tasks" / "__main__.py"
+    main.write_text(re.sub(r"NEWEST = (.*), \(3, \d+\)", r"NEWEST = \1, (3, 10)", main.read_text()))
+    code, out, err = clone.run("doctor")
+    assert code == 0
+    assert LINE.fullmatch(err) and "Warning: Python 3." in err
+    assert "ok  Python" in out
+
+
+# Installing
+
+
+def test_two_first_runs_at_once(installed):
+    assert [(code, err) for code, _, err in installed.first_runs] == [(0, "")] * 2
+    waiting, working = sorted(out for _, out, _ in installed.first_runs)
+    assert waiting == f"Another run is installing into .venv just now; waiting for it.\n{READY}"
+    assert working.startswith("Installing what the course needs into .venv")
+    assert "Installing 1 packages" in working and working.endswith(READY)
+    assert installed.works()
+
+
+def test_nothing_to_do_the_second_time(installed):
+    log = (installed.venv / "install.log").stat()
+    assert installed.run("install") == (0, READY, "")
+    assert (installed.venv / "install.log").stat() == log
+    assert sorted(path.name for path in installed.root.iterdir()) == sorted(installed.files | {".venv"})
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "pyproject.toml", "course_tasks/constraints.txt"])
+def test_a_changed_pin_updates_the_venv_in_place(installed, name):
+    (installed.venv / "theirs").touch()
+    with (installed.root / name).open("a") as pins:
+        pins.write("# changed\n")
+    code, out, err = installed.run("install")
+    assert (code, err) == (0, "")
+    assert out.startswith("Bringing .venv up to date.") and out.endswith(READY)
+    assert (installed.venv / "theirs").exists() and installed.works()
+
+
+def test_pip_fails(installed):
+    installed.require("tiny==2.0")
+    for _ in range(2):
+        code, _, err = installed.run("install")
+        assert code == 1
+        assert LINE.fullmatch(err) and "pip failed: No matching distribution found for tiny==2.0" in err
+    assert installed.works()
+    installed.require("tiny==1.0")
+    code, out, _ = installed.run("install")
+    assert (code, out.splitlines()[0]) == (0, "Bringing .venv up to date.")
+
+
+def test_a_venv_made_by_hand_is_used_or_left_alone(installed):
+    python = installed.venv / "bin" / "python"
+    (installed.venv / "theirs").touch()
+    installed.stamp.unlink()
+    python.rename(python.with_name("away"))
+    code, out, err = installed.run("install")
+    assert (code, out) == (1, "")
+    assert LINE.fullmatch(err) and "Move it away" in err
+
+    python.with_name("away").rename(python)
+    code, out, err = installed.run("install")
+    assert (code, err) == (0, "")
+    assert out.startswith("Bringing .venv up to date.")
+    assert (installed.venv / "theirs").exists() and installed.works()
+
+
+def test_odd_path_then_moved(clone):
+    """Spaces, letters that are not ASCII, another virtual environment active; then the clone moves."""
+    for where in ("Kurs für Åsa", "anderswo, später"):
+        clone.move(where)
+        assert not clone.works()
+        code, out, err = clone.run("install", VIRTUAL_ENV="/nowhere", LC_ALL="C")
+        assert (code, err) == (0, "")
+        assert out.startswith("Installing what the course needs into .venv")
+        assert clone.works()
+
+
+def wait_for_pip(clone, command):
+    """Wait until a child of the command is in the middle of putting pip into .venv."""
+
+    def at_work():
+        child = subprocess.run(["pgrep", "-P", str(command.pid)], stdout=subprocess.DEVNULL).returncode == 0
+        return child and any(clone.venv.glob("lib/*/site-packages/pip"))
+
+    until(at_work, "pip is being put into .venv")
+
+
+def test_killed_in_the_middle(clone):
+    waiting = "Another run is installing into .venv just now; waiting for it.\n"
+    first = clone.start("install")
+    wait_for_pip(clone, first)
+    os.killpg(first.pid, signal.SIGSTOP)
+    first.kill()  # and only that, so what it started holds the lock
+    first.communicate()
+
+    second = clone.start("install")
+    assert second.stdout.readline() == waiting
+    second.send_signal(signal.SIGINT)
+    code, _, err = ended(second)
+    assert code == 130
+    assert LINE.fullmatch(err) and "Nothing needs cleaning up" in err
+
+    third = clone.start("install")
+    assert third.stdout.readline() == waiting
+    os.killpg(first.pid, signal.SIGKILL)
+    wait_for_pip(clone, third)
+    os.killpg(third.pid, signal.SIGKILL)
+    third.communicate()
+    assert clone.stamp.read_text() == "{}"
+
+    code, out, err = clone.run("install")
+    assert (code, err) == (0, "")
+    assert out.startswith("Installing what the course needs")
+    assert clone.works()
+
+
+def test_no_network(clone):
+    clone.require("celery==5.7.0")
+    offline = {"PIP_NO_INDEX": "0", "PIP_INDEX_URL": f"http://127.0.0.1:{free_port()}/", "PIP_RETRIES": "1"}
+    code, _, err = clone.run("install", **offline)
+    assert code == 1
+    assert LINE.fullmatch(err) and "Connect to the network, and run the same command again" in err
+    clone.require("tiny==1.0")
+    code, out, err = clone.run("install")
+    assert (code, err) == (0, "")
+    assert out.startswith("Bringing .venv up to date.")
+    assert clone.works()
+
+
+def python_without_ensurepip(place, with_pip):
+    """A copy of this Python as Debian ships it: no ensurepip, and pip only if asked for."""
+    base, name = Path(sys.base_prefix), "python{}.{}".format(*sys.version_info)
+    library = place / "lib" / name
+    (library / "site-packages").mkdir(parents=True)
+    (place / "bin").mkdir()
+    shutil.copy2(base / "bin" / name, place / "bin" / "python3")
+    for entry in (base / "lib" / name).iterdir():
+        if entry.name not in ("ensurepip", "site-packages", "dist-packages", "sitecustomize.py"):
+            (library / entry.name).symlink_to(entry)
+    if with_pip:
+        pip = list((base / "lib" / name / "site-packages").glob("pip*"))
+        if not pip:
+            pytest.skip("the Python under this one has no pip")
+        for entry in pip:
+            (library / "site-packages" / entry.name).symlink_to(entry)
+    found = (
+        "import sys; from importlib.util import find_spec as f; print(sys.base_prefix, f('ensurepip'), bool(f('pip')))"
+    )
+    run = subprocess.run(
+        [place / "bin" / "python3", "-c", found], capture_output=True, text=True, env=environment(place)
+    )
+    if run.stdout.split() != [str(place), "None", str(with_pip)]:
+        pytest.skip(f"this Python can't be copied without its ensurepip: {run.stdout}{run.stderr}")
+    return place / "bin" / "python3"
+
+
+def test_no_ensurepip_but_a_pip(clone, tmp_path):
+    bundled = Path(sys.base_prefix, "lib", "python{}.{}".format(*sys.version_info), "ensurepip", "_bundled")
+    if not any(bundled.glob("pip-*.whl")):
+        pytest.skip("no wheel of pip on this machine, and the test may not fetch one")
+    python = python_without_ensurepip(tmp_path / "host", with_pip=True)
+    code, _, err = clone.run("install", python=python, PIP_FIND_LINKS=str(bundled))
+    assert (code, err) == (0, "")
+    assert clone.works()
+    assert next(clone.venv.glob("lib/*/site-packages/pip/__main__.py"))
+
+
+def test_neither_ensurepip_nor_pip(clone, tmp_path):
+    python = python_without_ensurepip(tmp_path / "host", with_pip=False)
+    wanted = "sudo apt install python{}.{}-venv".format(*sys.version_info)
+    for _ in range(2):
+        code, _, err = clone.run("lab", python=python)
+        assert code == 1
+        assert LINE.fullmatch(err) and wanted in err
+    shutil.rmtree(clone.venv)
+    code, out, err = clone.run("doctor", python=python)
+    assert (code, err) == (1, "")
+    assert re.search(rf"^!!  \.venv .*{wanted}", out, re.MULTILINE)
+
+
+@contextmanager
+def read_only(root):
+    """Take away the right to write; yields the words before a command by which root is bound by that as well."""
+    paths = [root, *root.rglob("*")]
+    modes = [path.stat().st_mode for path in paths]
+    for path, mode in zip(paths, modes, strict=True):
+        path.chmod(mode & ~0o222)
+    try:
+        yield ["setpriv", "--bounding-set", "-dac_override,-dac_read_search,-fowner"] if os.geteuid() == 0 else []
+    finally:
+        for path, mode in zip(paths, modes, strict=True):
+            path.chmod(mode)
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("setpriv"), reason="root can write everywhere")
+def test_read_only_clone(clone):
+    with read_only(clone.root) as prefix:
+        for words in (["install"], ["lab"]):
+            code, out, err = clone.run(*words, prefix=prefix)
+            assert (code, out) == (1, "")
+            assert LINE.fullmatch(err) and "Clone the course into a folder of your own" in err
+        code, out, err = clone.run("doctor", prefix=prefix)
+        assert (code, err) == (1, "")
+        assert re.search(r"^!!  \.venv .*Clone the course", out, re.MULTILINE)
+    assert not clone.venv.exists()
+
+
+# What the commands do once .venv is there
+
+
+def test_no_server_program(installed, tmp_path):
+    for words in (["servers"], ["lab"]):
+        code, out, err = installed.run(*words, PATH=str(tmp_path))
+        assert (code, out) == (1, "")
+        assert LINE.fullmatch(err) and "Redis or Valkey 6.2" in err
+    code, out, err = installed.run("doctor", PATH=str(tmp_path))
+    assert (code, err) == (1, "")
+    assert re.search(r"^!!  server +.*Redis or Valkey 6.2.*install", out, re.MULTILINE)
+    assert re.search(r"^--  Docker +not installed", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_servers_holds_the_pair_until_it_is_stopped(installed, end):
+    server = {"COURSE_REDIS_SERVER": servers.find_server()[0]}
+    broker, backend = installed.ports.values()
+    process = installed.start("servers", **server)
+    lines = [process.stdout.readline() for _ in range(3)]
+    assert lines == [
+        f"Broker:  redis://localhost:{broker}/0\n",
+        f"Backend: redis://localhost:{backend}/0\n",
+        "Ctrl-C ends this.\n",
+    ]
+    assert listens(broker) and listens(backend)
+    out = installed.run("doctor", **server)[1]
+    assert f"ok  port {broker} " in out and out.count("the course's") == 2
+    process.send_signal(end)
+    assert ended(process) == (0, "", "")
+    until(lambda: not listens(broker) and not listens(backend), "both servers are gone", 15)
+
+
+def test_doctor_before_anything_is_installed(clone):
+    code, out, err = clone.run("doctor")
+    assert (code, err) == (0, "")
+    found = re.findall(r"^(ok|--)  (\S+(?: \d+)?)  +\S", out, re.MULTILINE)
+    ports = [f"port {port}" for port in clone.ports.values()]
+    assert [what for _, what in found] == ["Python", ".venv", "server", *ports, "Docker", "disk"]
+    assert ("--", ".venv") in found
+    assert not clone.venv.exists()
+
+
+@pytest.mark.parametrize(
+    ("speaks", "owner"), [("redis", "a Redis that is not the course's"), ("http", "another program")]
+)
+def test_doctor_tells_who_holds_a_port(clone, speaks, owner):
+    port = clone.ports["backend"]
+    with holding(port, speaks, clone.home):
+        code, out, err = clone.run("doctor")
+    assert (code, err) == (0, "")
+    assert re.search(rf"^--  port {port} +held by {owner}: the course takes other ports$", out, re.MULTILINE)
+
+
+@contextmanager
+def holding(port, speaks, directory):
+    if speaks == "http":
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", port), http.server.BaseHTTPRequestHandler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield
+        server.shutdown()
+        server.server_close()
+        return
+    options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(directory)]
+    with subprocess.Popen([servers.find_server()[0], *options], stdout=subprocess.DEVNULL) as process:
+        until(lambda: listens(port), "the foreign Redis listens")
+        yield
+        process.terminate()
+
+
+# The real thing, in the clone itself
+
+real = pytest.mark.skipif(Path(sys.prefix) != VENV, reason="this pytest does not run in the clone's .venv")
+
+
+def start_real(home, *words, **more):
+    return subprocess.Popen(
+        [sys.executable, "-m", "course_tasks", *words],
+        cwd=ROOT, env=environment(home, **more), stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@real
+def test_options_after_dashes_go_to_pytest(tmp_path):
+    code, out, err = ended(start_real(tmp_path, "test", "--", "--version"))
+    assert code == 0
+    assert f"pytest {pytest.__version__}" in out + err
+
+
+@dataclass
+class Lab:
+    """A running `lab`: what its log says it opens, the user's home, and the port of its own broker."""
+
+    url: str
+    opens: str
+    token: str
+    home: Path
+    broker: int
+
+    def get(self, path, data=None):
+        """The body of the server's answer; a POST if there is data."""
+        headers = {"Authorization": f"token {self.token}"}
+        with urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers), timeout=30) as answer:
+            return answer.read().decode()
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """JupyterLab of a user who has Jupyter settings, a shell start-up file and an active venv, and its own pair."""
+    home = tmp_path_factory.mktemp("home")
+    (home / ".jupyter").mkdir()
+    theirs = {home / ".jupyter" / f"jupyter_{name}_config.json" for name in ("server", "lab")}
+    for path in theirs:
+        path.write_text('{"ServerApp": {"root_dir": "/tmp"}, "LabApp": {"default_url": "/theirs"}}')
+    for name in (".bashrc", ".zshrc"):  # as pyenv and conda do it
+        (home / name).write_text("export PATH=/somewhere/shims:/usr/bin:/bin:$PATH; export THEIRS=sourced\n")
+    shell = next(filter(None, map(shutil.which, ("bash", "zsh"))))
+    broker, backend = free_port(), free_port()
+    urls = {
+        "CELERY_BROKER_URL": f"redis://localhost:{broker}/0",
+        "CELERY_RESULT_BACKEND": f"redis://localhost:{backend}/0",
+    }
+    own = {"COURSE_RUNTIME": str(home / "pair"), "VIRTUAL_ENV": "/nowhere", "SHELL": shell}
+    process, log = start_real(home, "lab", "--no-browser", "--port", "0", **urls, **own), []
+    reader = threading.Thread(target=lambda: log.extend(iter(process.stderr.readline, "")), daemon=True)
+    reader.start()
+    try:
+        found = until(lambda: re.search(r"(http://127\S+:\d+)(/\S*)\?token=(\w+)", "".join(log)), "Lab names its URL")
+        ready = time.monotonic()
+        yield Lab(*found.groups(), home, broker)
+        assert (time.monotonic() > ready + servers.GRACE + 1) or not time.sleep(servers.GRACE + 1)
+        assert listens(broker) and listens(backend), "Lab has lost its hold on the servers"
+        process.terminate()
+        assert process.wait(30) == 0
+        reader.join(10)
+        assert "Shutting down" in "".join(log)
+        until(lambda: not listens(broker) and not listens(backend), "both servers are gone", 15)
+    finally:
+        process.kill()
+    assert set((home / ".jupyter").iterdir()) == theirs
+
+
+@real
+def test_lab_opens_chapter_00_with_the_course_as_root(lab):
+    assert lab.opens == "/lab/tree/notebooks/00_welcome.ipynb"
+    contents = json.loads(lab.get("/api/contents/"))
+    assert {"notebooks", "requirements.txt"} <= {entry["name"] for entry in contents["content"]}
+
+
+@real
+def test_lab_has_the_courses_settings(lab):
+    def default(plugin, setting):
+        return json.loads(lab.get(f"/lab/api/settings/@jupyterlab/{plugin}"))["schema"]["properties"][setting][
+            "default"
+        ]
+
+    assert default("notebook-extension:tracker", "codeCellConfig")["lineNumbers"] is True
+    assert default("notebook-extension:tracker", "kernelShutdown") is True
+    assert default("apputils-extension:themes", "adaptive-theme") is True
+    assert default("apputils-extension:notification", "fetchNews") == "false"
+    assert default("docmanager-extension:plugin", "defaultViewers") == {"markdown": "Markdown Preview"}
+    page = re.search(r'<script id="jupyter-config-data"[^>]*>(.*?)</script>', lab.get("/lab"), re.DOTALL)[1]
+    assert json.loads(page)["news"] == {"disabled": True}
+
+
+@real
+def test_labs_terminal_finds_the_courses_python(lab):
+    name = json.loads(lab.get("/api/terminals", b""))["name"]
+    address = f"{lab.url.replace('http', 'ws')}/terminals/websocket/{name}?token={lab.token}"
+    with closing(websocket.create_connection(address, timeout=30)) as terminal:
+        terminal.send(json.dumps(["stdin", 'echo "<$(command -v celery)|$THEIRS|$CELERY_BROKER_URL>"\r']))
+        seen = ""
+        while not (found := re.search(r"<(/[^$|]*)\|(\w*)\|(\S*)>", seen)):
+            kind, *text = json.loads(terminal.recv())
+            seen += text[0] if kind == "stdout" else ""
+    assert found.groups() == (str(VENV / "bin" / "celery"), "sourced", f"redis://localhost:{lab.broker}/0")
+
+
+@real
+def test_labs_kernel_finds_the_courses_python(lab):
+    kernel = json.loads(lab.get("/api/kernels", b"{}"))["id"]
+    client = BlockingKernelClient(connection_file=str(lab.home / f".local/share/jupyter/runtime/kernel-{kernel}.json"))
+    client.load_connection_file()
+    client.start_channels()
+    try:
+        client.wait_for_ready(30)
+        code = "import shutil, sys"
+        expressions = {"celery": "shutil.which('celery')", "prefix": "sys.prefix"}
+        reply = client.execute(code, user_expressions=expressions, reply=True, timeout=30)
+    finally:
+        client.stop_channels()
+    found = {name: value["data"]["text/plain"] for name, value in reply["content"]["user_expressions"].items()}
+    assert found == {"celery": repr(str(VENV / "bin" / "celery")), "prefix": repr(str(VENV))}

