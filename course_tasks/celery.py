@@ -14,15 +14,15 @@ app.conf.update(
     accept_content=["json"],
     task_serializer="json",
     result_serializer="json",
-    # Times are sent in UTC and shown in UTC, whatever the machine's clock is set to.
+    # Times in messages and schedules are in UTC, whatever zone a machine is in.
     enable_utc=True,
     timezone="UTC",
-    # Results leave the backend after an hour: without an end it would fill up.
+    # Results leave the backend after an hour; Celery's day may fill a small one.
     result_expires=3600,
-    # A task being run is STARTED; it would stay PENDING, which an unknown id is too.
+    # A task that runs is STARTED; else it would stay PENDING, which an unknown id is too.
     task_track_started=True,
-    # A server that is silent becomes an error within half a minute, where Celery would wait for ever on a broker
-    # and 40 minutes on a backend; a client that waits for a result gives up a dead backend in 4 s, not in 19.
+    # A silent server is an error within a minute, where Celery would wait for ever (broker) or for many minutes
+    # (backend); a client gives up a backend that is down after 4 s, not after 19.
     broker_transport_options={"socket_timeout": 5},
     redis_socket_timeout=5,
     result_backend_transport_options={"retry_policy": {"max_retries": 5}},

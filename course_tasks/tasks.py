@@ -17,10 +17,9 @@ def add(x: float, y: float) -> float:
 
 @app.task(name="add_long")
 def add_long(x: float, y: float, seconds: float = 5) -> float:
-    """Return ``x + y`` after ``seconds`` seconds.
+    """Return ``x + y`` after ``seconds`` seconds, passed in naps of a tenth of a second.
 
-    It sleeps a tenth of a second at a time: between two naps a green pool runs other tasks, and a time limit or
-    a revoke ends this one.
+    A nap leaves the processor to others, and in a green pool the other tasks run.
     """
     logger.info("adding %s and %s for %s s", x, y, seconds)
     end = time.monotonic() + seconds

@@ -58,7 +58,7 @@ class Terminal:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
-            start_new_session=True,  # Jupyter's interrupt signals the kernel's whole process group
+            start_new_session=True,  # Jupyter signals the kernel's whole process group, at its end with SIGKILL
         )
         self._ready = ready
         threading.Thread(target=self._read, daemon=True).start()
@@ -206,6 +206,7 @@ class TerminalMagics(Magics):
         """End every terminal: what the end of the kernel does anyway, but waited for."""
         running = [terminal for terminal in self.terminals.values() if terminal.running]
         for terminal in running:
+            terminal.ordered = "stopped"
             terminal.process.stdin.close()
         for terminal in running:
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -142,10 +142,12 @@ def clone(tmp_path):
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """A clone with a complete .venv, made by two first runs at once. The tests leave it complete."""
-    clone = Clone(tmp_path_factory.mktemp("installed") / "clone")
+    """A clone with a complete .venv, made by two first runs at once in a path with spaces and letters that are not
+    ASCII, while another virtual environment is active. The tests leave it complete."""
+    clone = Clone(tmp_path_factory.mktemp("installed") / "Kurs für Åsa")
     clone.files = {path.name for path in clone.root.iterdir()}
-    clone.first_runs = [ended(process) for process in [clone.start("install") for _ in range(2)]]
+    both = [clone.start("install", VIRTUAL_ENV="/nowhere", LC_ALL="C") for _ in range(2)]
+    clone.first_runs = [ended(process) for process in both]
     return clone
 
 
@@ -217,7 +219,7 @@ def test_python_newer_than_tested_is_a_warning(clone):
 # Installing
 
 
-def test_two_first_runs_at_once(installed):
+def test_two_first_runs_at_once_in_an_odd_path(installed):
     assert [(code, err) for code, _, err in installed.first_runs] == [(0, "")] * 2
     waiting, working = sorted(out for _, out, _ in installed.first_runs)
     assert waiting == f"Another run is installing into .venv just now; waiting for it.\n{READY}"
@@ -272,15 +274,13 @@ def test_a_venv_made_by_hand_is_used_or_left_alone(installed):
     assert (installed.venv / "theirs").exists() and installed.works()
 
 
-def test_odd_path_then_moved(clone):
-    """Spaces, letters that are not ASCII, another virtual environment active; then the clone moves."""
-    for where in ("Kurs für Åsa", "anderswo, später"):
-        clone.move(where)
-        assert not clone.works()
-        code, out, err = clone.run("install", VIRTUAL_ENV="/nowhere", LC_ALL="C")
-        assert (code, err) == (0, "")
-        assert out.startswith("Installing what the course needs into .venv")
-        assert clone.works()
+def test_a_moved_clone_gets_a_new_venv(installed):
+    installed.move("anderswo, später")
+    assert not installed.works()
+    code, out, err = installed.run("install")
+    assert (code, err) == (0, "")
+    assert out.startswith("Installing what the course needs into .venv")
+    assert installed.works()
 
 
 def wait_for_pip(clone, command):
@@ -441,6 +441,7 @@ def test_servers_holds_the_pair_until_it_is_stopped(installed, end):
     assert listens(broker) and listens(backend)
     out = installed.run("doctor", **server)[1]
     assert f"ok  port {broker} " in out and out.count("the course's") == 2
+    assert process.poll() is None
     process.send_signal(end)
     assert ended(process) == (0, "", "")
     until(lambda: not listens(broker) and not listens(backend), "both servers are gone", 15)
@@ -497,10 +498,12 @@ def start_real(home, *words, **more):
 
 
 @real
-def test_options_after_dashes_go_to_pytest(tmp_path):
-    code, out, err = ended(start_real(tmp_path, "test", "--", "--version"))
-    assert code == 0
-    assert f"pytest {pytest.__version__}" in out + err
+@pytest.mark.parametrize("dashes", [[], ["--"]])
+def test_options_go_to_pytest(tmp_path, dashes):
+    options = ["--collect-only", "-q", "-k", "parses_on_old", "course_tasks/tests/test_launcher.py"]
+    code, out, err = ended(start_real(tmp_path, "test", *dashes, *options))
+    assert (code, err) == (0, "")
+    assert out.startswith("course_tasks/tests/test_launcher.py::test_the_command_line_parses_on_old_pythons\n")
 
 
 @dataclass

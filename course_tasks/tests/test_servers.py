@@ -215,6 +215,31 @@ def compose(home, serve, folder, roles=servers.ROLES):
     return f"servers.CONTAINER_DIR = {str(folder)!r}\n"
 
 
+@contextlib.contextmanager
+def impostor(port, talk):
+    """A listener that calls `talk` with one connection after another."""
+
+    def serve():
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with contextlib.suppress(OSError), connection:
+                talk(connection)
+
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # macOS: not connected
+                listener.shutdown(socket.SHUT_RDWR)  # so that accept() ends
+    thread.join(10)
+    assert not thread.is_alive()
+
+
 def has_ipv6():
     with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
         return True
@@ -344,6 +369,9 @@ def test_a_private_pair_ignores_the_environment_and_dies_with_its_process(home):
     assert (pair["origin"], pair["notice"]) == ("clone", "")
     inherited = {servers.VARIABLES[role]: pair[role] for role in servers.ROLES} | {"COURSE_RUNTIME": str(directory)}
     assert home.ask(ENSURE, **inherited) == pair
+    os.kill(client(pair["backend"]).info("server")["process_id"], signal.SIGKILL)
+    assert eventually(lambda: not answers(pair["broker"]))
+    assert again(owner) == pair
     owner.kill()
     owner.wait()
     gone = lambda: not [p for p in home.processes() if directory == Path(p.cwd())]  # noqa: E731
@@ -392,21 +420,13 @@ def silence(home, serve, stack, tmp_path):
 
 def endless_answer(home, serve, stack, tmp_path):
     """A listener that sends a byte now and then, and never an end of line."""
-    listener = stack.enter_context(socket.create_server(("127.0.0.1", home.ports["broker"])))
-    ended = threading.Event()
 
-    def babble():
-        with contextlib.suppress(OSError):
-            connection, _ = listener.accept()
-            with connection:
-                while not ended.wait(0.05):
-                    connection.sendall(b"+")
+    def babble(connection):
+        while True:
+            connection.sendall(b"+")
+            time.sleep(0.05)
 
-    thread = threading.Thread(target=babble)
-    thread.start()
-    stack.callback(thread.join)
-    stack.callback(listener.close)
-    stack.callback(ended.set)
+    stack.enter_context(impostor(home.ports["broker"], babble))
 
 
 def ipv6_only(home, serve, stack, tmp_path):
@@ -429,6 +449,11 @@ def compose_exchanged(home, serve, stack, tmp_path):
     return patch
 
 
+def compose_beside_a_foreign_ipv6(home, serve, stack, tmp_path):
+    serve(home.ports["backend"], host="::1")
+    return compose(home, serve, tmp_path / "data")
+
+
 def another_clone(home, serve, stack, tmp_path):
     (tmp_path / "theirs").mkdir()
     for role in servers.ROLES:
@@ -439,6 +464,7 @@ def another_clone(home, serve, stack, tmp_path):
     "intruder",
     [
         password, web_server, silence, endless_answer, pytest.param(ipv6_only, marks=needs_ipv6),
+        pytest.param(compose_beside_a_foreign_ipv6, marks=needs_ipv6),
         half_compose, half_compose_half_foreign, compose_exchanged, another_clone,
     ],
 )  # fmt: skip
@@ -522,8 +548,10 @@ def test_a_runtime_directory_that_cannot_be_made(here, monkeypatch, tmp_path):
 # --- servers given by the environment ----------------------------------------------------------------------
 
 
-def test_given_servers_are_used_and_never_emptied(home, serve):
-    broker = serve(home.ports["broker"])
+def test_given_servers_are_used_and_never_emptied(home, serve, tmp_path):
+    """Not even if they carry the mark, as a teacher's compose would."""
+    patch = compose(home, serve, tmp_path / "data", ["broker"])
+    broker = client(home.ports["broker"])
     backend = serve(home.ports["backend"], "--requirepass", "a b/%", password="a b/%")
     given = {
         "CELERY_BROKER_URL": f"redis://127.0.0.1:{home.ports['broker']}/3",
@@ -533,10 +561,11 @@ def test_given_servers_are_used_and_never_emptied(home, serve):
     backend.set("mine", 1)
     pair = {"broker": given["CELERY_BROKER_URL"], "backend": given["CELERY_RESULT_BACKEND"]}
     pair |= {"origin": "environment", "notice": ""}
-    assert home.ask(ENSURE + "\ntell(servers.running)", **given) == pair
+    assert home.ask(patch + ENSURE, **given) == home.ask(patch + "tell(servers.running)", **given) == pair
     assert home.ask("tell(servers.urls)", **given) == list(given.values())
-    refused = home.ask(f"tell(servers.flush, *{list(given.values())})", **given)["error"]
-    assert refused.endswith("is not emptied: the course did not start that server.")
+    for url in given.values():
+        refused = home.ask(patch + f"tell(servers.flush, {url!r})", **given)["error"]
+        assert refused.endswith("is not emptied: the course did not start that server.")
     assert (broker.dbsize(), backend.dbsize()) == (1, 1)
     assert list(home.path.iterdir()) == []
 
@@ -574,26 +603,18 @@ def test_given_servers_that_cannot_be_used_get_one_clear_line(home, here, serve,
 def test_a_given_server_that_is_too_old_is_refused(home, here, monkeypatch, version):
     """No such server runs on today's systems, so a few lines answer as it does."""
 
-    def answer(listener):
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = listener.accept()
-                with connection:
-                    received = b""
-                    while not received.endswith(b"PING\r\n"):
-                        received += connection.recv(4096)
-                    info = b"# Server\r\nredis_version:%s\r\nredis_mode:standalone\r\n" % version.encode()
-                    connection.sendall(b"$%d\r\n%s\r\n+PONG\r\n" % (len(info), info))
+    def answer(connection):
+        received = b""
+        while not received.endswith(b"PING\r\n"):
+            received += connection.recv(4096)
+        info = b"# Server\r\nredis_version:%s\r\nredis_mode:standalone\r\n" % version.encode()
+        connection.sendall(b"$%d\r\n%s\r\n+PONG\r\n" % (len(info), info))
 
-    with socket.create_server(("127.0.0.1", home.ports["broker"])) as listener:
-        thread = threading.Thread(target=answer, args=[listener])
-        thread.start()
-        for name in servers.VARIABLES.values():
-            monkeypatch.setenv(name, f"redis://127.0.0.1:{home.ports['broker']}")
-        with pytest.raises(servers.ServerError, match=f"it is version {version}, and Celery needs 6.2 or newer"):
-            servers.ensure()
-        listener.shutdown(socket.SHUT_RDWR)
-    thread.join(10)
+    for name in servers.VARIABLES.values():
+        monkeypatch.setenv(name, f"redis://127.0.0.1:{home.ports['broker']}")
+    refused = pytest.raises(servers.ServerError, match=f"it is version {version}, and Celery needs 6.2 or newer")
+    with impostor(home.ports["broker"], answer), refused:
+        servers.ensure()
 
 
 # --- flush, urls, the server program -----------------------------------------------------------------------

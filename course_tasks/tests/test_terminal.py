@@ -13,9 +13,9 @@ import pytest
 
 from course_tasks import record, servers
 
-# Python for `python -c "..."`: each says that it is ready and stays, the last two with a word on SIGTERM
+# Python for `python -c "..."`: each says that it is ready and stays; what SIGTERM does is in the name
 WAITING = "import time; print('{mark} ready.', flush=True); time.sleep(600)"
-DEAF = "import signal; signal.signal(15, signal.SIG_IGN); " + WAITING
+DEAF = "import signal; signal.signal(15, signal.SIG_IGN); signal.signal(1, signal.SIG_IGN); " + WAITING
 SLOW = "import signal; signal.signal(15, lambda *_: (time.sleep(1), exit())); " + WAITING
 
 
@@ -244,15 +244,20 @@ def test_interrupting_another_cell_leaves_the_worker_alone(kernel, mark):
     kernel.text("%stop one")
 
 
-@pytest.mark.parametrize("how", ["restart", "shutdown", "sigkill", "supervisor"])
-def test_no_end_of_the_kernel_leaves_anything_behind(kernel, mark, how):
+@pytest.mark.parametrize("how", ["restart", "shutdown", "now", "sigkill", "supervisor"])
+def test_no_end_of_the_kernel_leaves_anything_behind(kernel, mark, how, tmp_path):
+    asked = tmp_path / "asked"
+    polite = f"import signal, pathlib; signal.signal(15, lambda *_: exit(pathlib.Path('{asked}').touch())); {WAITING}"
     kernel.run(cell(mark, script=DEAF))
-    kernel.run(cell(mark, "%%terminal two"))
-    assert len(processes(mark)) >= 4
+    kernel.run(cell(mark, "%%terminal two", polite))
+    assert len(processes(mark)) == 4
     if how == "restart":
         kernel.manager.restart_kernel()
+        assert kernel.updated("two: stopped"), "its pane goes on saying that it runs"
     elif how == "shutdown":
         kernel.manager.shutdown_kernel()
+    elif how == "now":  # SIGKILL, to the whole process group
+        kernel.manager.shutdown_kernel(now=True)
     elif how == "sigkill":
         psutil.Process(kernel.manager.provisioner.process.pid).send_signal(signal.SIGKILL)
     elif sys.platform == "linux":
@@ -262,6 +267,17 @@ def test_no_end_of_the_kernel_leaves_anything_behind(kernel, mark, how):
     else:
         pytest.skip("only Linux ends a child with its parent")
     assert gone(mark, 5)
+    assert asked.exists() is (how != "supervisor"), "SIGTERM comes first"
+
+
+def test_a_command_that_ends_leaves_none_of_its_children(kernel, mark):
+    script = WAITING.format(mark=mark)
+    background = f'python -c "{script}" &\n'
+    if sys.platform == "linux":
+        background += f'setsid python -c "{script}" &\n'
+    [pane] = kernel.run(f"%%terminal one --ready never\n{background}sleep 0.5")
+    assert pane["data"]["text/plain"].startswith("one: finished")
+    assert gone(mark, 2)
 
 
 def wait_for(condition, timeout: float = 20) -> None:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from celery.backends.base import Backend
 from celery.exceptions import SoftTimeLimitExceeded, TaskRevokedError
 from kombu.exceptions import EncodeError
 from redis import Redis
@@ -66,8 +67,13 @@ class Worker:
         return app.send_task(name, args, connection=self.connection, **options)
 
     def logged(self, pattern: str) -> re.Match:
-        """Wait for a line in the log."""
-        return until(lambda: re.search(pattern, self.log.read_text(), re.M), f"{pattern!r} in the log")
+        """Wait for a line in the log of the living worker."""
+
+        def found():
+            assert self.process.poll() is None, self.log.read_text()
+            return re.search(pattern, self.log.read_text(), re.M)
+
+        return until(found, f"{pattern!r} in the log")
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +86,8 @@ def workers(tmp_path_factory):
             worker = running[name] = Worker(number, *start, folder / f"{number}.log")
             stack.callback(worker.connection.release)
             stack.callback(lambda w=worker: os.killpg(w.process.pid, signal.SIGKILL) if w.process.poll() is None else 0)
+        for worker in running.values():
+            worker.logged(r" ready\.$")
         yield running
         for worker in running.values():
             worker.process.terminate()
@@ -213,6 +221,10 @@ except Exception as error:
         assert set(errors) == {"Timeout reading from socket"}
 
 
+def test_a_backend_that_is_down_is_given_up_sooner_than_by_default():
+    assert app.backend.retry_policy["max_retries"] < Backend.retry_policy["max_retries"]
+
+
 def test_the_worker_side_needs_nothing_of_the_classroom(tmp_path):
     code = "import sys, course_tasks.tasks; print(*sorted(sys.modules))"
     modules = python(code, tmp_path, **URLS).split()
@@ -223,10 +235,12 @@ def test_the_worker_side_needs_nothing_of_the_classroom(tmp_path):
 
 def test_importing_the_app_costs_little_more_than_making_an_empty_one():
     codes = {"empty": "from celery import Celery; Celery('x')", "ours": "from course_tasks.celery import app"}
-    seconds = {name: [] for name in codes}
-    for _ in range(6):  # in turn, so that a busy machine slows down both
+    least = dict.fromkeys(codes, float("inf"))
+    for round in range(30):  # in turn, and again as long as a busy machine may be to blame
         for name, code in codes.items():
             _, status, usage = os.wait4(os.posix_spawn(sys.executable, [sys.executable, "-c", code], os.environ), 0)
             assert status == 0
-            seconds[name].append(usage.ru_utime + usage.ru_stime)
-    assert min(seconds["ours"]) < 1.25 * min(seconds["empty"])
+            least[name] = min(least[name], usage.ru_utime + usage.ru_stime)
+        if round >= 4 and least["ours"] < 1.25 * least["empty"]:
+            return
+    pytest.fail(f"processor seconds: {least}")
