@@ -176,12 +176,12 @@ def _run(command: list, lock: int) -> tuple[int, str]:
 
     Returns its exit code and its output.
     """
-    env = os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1", "PIP_PROGRESS_BAR": "off"}
+    pip = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1", "PIP_PROGRESS_BAR": "off", "PIP_USER": "0"}
     live, width = sys.stdout.isatty(), shutil.get_terminal_size().columns - 1
     started, code, text, shown = time.monotonic(), None, "Preparing", 0
     with LOG.open("wb") as log:
         options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, cwd=ROOT, env=env, pass_fds=[lock], **options)
+        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | pip, pass_fds=[lock], **options)
     while code is None:
         with suppress(subprocess.TimeoutExpired):
             code = process.wait(0.2)

@@ -84,8 +84,8 @@ def ensure() -> Pair:
 def private(directory: str | Path) -> Pair:
     """Start a pair for this process and its children alone, on free ports, and export it as `ensure` does.
 
-    `directory` becomes the pair's runtime directory (made if missing). Settings in the environment are
-    ignored. Raises ServerError.
+    `directory` becomes the pair's runtime directory: made if missing, else it must be this user's alone.
+    Settings in the environment are ignored. Raises ServerError.
     """
     return _obtain(_directory(directory), None)
 
@@ -234,7 +234,7 @@ def _reason(error: Exception) -> str:
 # --- asking a server -------------------------------------------------------------------------------------
 
 
-class _Connection:
+class _Connection(contextlib.AbstractContextManager):
     """A connection to a Redis server; all that is asked on it takes at most `seconds`.
 
     Raises OSError or ValueError, whatever it is that listens there.
@@ -260,9 +260,6 @@ class _Connection:
         except BaseException:
             self._socket.close()
             raise
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self._socket.close()
@@ -335,7 +332,7 @@ _leases: dict[Path, int] = {}  # runtime directory: a file descriptor, open unti
 
 def _ours(directory: Path) -> bool:
     status = directory.lstat()
-    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
 
 
 def _state(directory: Path) -> dict | None:
@@ -399,8 +396,7 @@ def _obtain(directory: Path, wanted: dict[str, int] | None) -> Pair:
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _ours(directory):
-            raise PermissionError(errno.EPERM, "it belongs to another user")
-        directory.chmod(0o700)
+            raise PermissionError(errno.EPERM, "it is not this user's alone")
         _hold(directory)
         pair = _healthy(directory)
         if not pair:

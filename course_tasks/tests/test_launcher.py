@@ -20,7 +20,7 @@ import threading
 import time
 import urllib.request
 import zipfile
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,11 +103,11 @@ class Clone:
         self.root = self.root.rename(self.root.with_name(name))
         self.venv, self.stamp = self.root / ".venv", self.root / ".venv" / "course.json"
 
-    def start(self, *words, python=HOST, prefix=(), **more):
+    def start(self, *words, python=HOST, prefix=(), stdout=subprocess.PIPE, **more):
         return subprocess.Popen(
             [*prefix, python, "-m", "course_tasks", *words],
             cwd=self.root, env=environment(self.home, **more), stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            stdout=stdout, stderr=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
 
     def run(self, *words, **more):
@@ -146,7 +146,7 @@ def installed(tmp_path_factory):
     ASCII, while another virtual environment is active. The tests leave it complete."""
     clone = Clone(tmp_path_factory.mktemp("installed") / "Kurs für Åsa")
     clone.files = {path.name for path in clone.root.iterdir()}
-    both = [clone.start("install", VIRTUAL_ENV="/nowhere", LC_ALL="C") for _ in range(2)]
+    both = [clone.start("install", VIRTUAL_ENV="/nowhere", LC_ALL="C", PIP_USER="1") for _ in range(2)]
     clone.first_runs = [ended(process) for process in both]
     return clone
 
@@ -244,6 +244,24 @@ def test_a_changed_pin_updates_the_venv_in_place(installed, name):
     assert (code, err) == (0, "")
     assert out.startswith("Bringing .venv up to date.") and out.endswith(READY)
     assert (installed.venv / "theirs").exists() and installed.works()
+
+
+def test_progress_is_one_live_line_on_a_terminal(installed):
+    with (installed.root / "pyproject.toml").open("a") as pins:
+        pins.write("# changed again\n")
+    ours, theirs = os.openpty()
+    process = installed.start("install", stdout=theirs)
+    os.close(theirs)
+    seen = b""
+    with suppress(OSError):  # on Linux that is how a terminal ends
+        while text := os.read(ours, 1000):
+            seen += text
+    os.close(ours)
+    assert (process.wait(60), process.stderr.read()) == (0, "")
+    first, live, last = seen.decode().split("\r\n")[:3]
+    assert first == "Bringing .venv up to date."
+    assert "\r\033[K   0 s  Preparing" in live and re.search(r"\r\033\[KInstalled in \d+ s\.$", live)
+    assert last == READY.strip()
 
 
 def test_pip_fails(installed):
@@ -498,12 +516,27 @@ def start_real(home, *words, **more):
 
 
 @real
-@pytest.mark.parametrize("dashes", [[], ["--"]])
-def test_options_go_to_pytest(tmp_path, dashes):
+def test_options_go_to_pytest(tmp_path):
     options = ["--collect-only", "-q", "-k", "parses_on_old", "course_tasks/tests/test_launcher.py"]
-    code, out, err = ended(start_real(tmp_path, "test", *dashes, *options))
+    code, out, err = ended(start_real(tmp_path, "test", *options))
     assert (code, err) == (0, "")
     assert out.startswith("course_tasks/tests/test_launcher.py::test_the_command_line_parses_on_old_pythons\n")
+
+
+@real
+@pytest.mark.parametrize("command", ["record", "bench"])
+def test_record_and_bench_have_a_help_of_their_own(tmp_path, command):
+    code, out, err = ended(start_real(tmp_path, command, "--help"))
+    assert (code, err) == (0, "")
+    assert out.startswith(f"usage: python3 -m course_tasks {command} ")
+
+
+@real
+def test_options_after_dashes_go_to_jupyterlab_even_if_they_are_ours(tmp_path):
+    pair = {name: os.environ[name] for name in ("CELERY_BROKER_URL", "CELERY_RESULT_BACKEND", "COURSE_RUNTIME")}
+    code, out, err = ended(start_real(tmp_path, "lab", "--", "--help", **pair))
+    assert (code, err) == (0, "")
+    assert out.startswith("JupyterLab")
 
 
 @dataclass
@@ -531,6 +564,9 @@ def lab(tmp_path_factory):
     theirs = {home / ".jupyter" / f"jupyter_{name}_config.json" for name in ("server", "lab")}
     for path in theirs:
         path.write_text('{"ServerApp": {"root_dir": "/tmp"}, "LabApp": {"default_url": "/theirs"}}')
+    page = home / "more" / "labconfig" / "page_config.json"
+    page.parent.mkdir(parents=True)
+    page.write_text('{"theirs": "kept"}')
     for name in (".bashrc", ".zshrc"):  # as pyenv and conda do it
         (home / name).write_text("export PATH=/somewhere/shims:/usr/bin:/bin:$PATH; export THEIRS=sourced\n")
     shell = next(filter(None, map(shutil.which, ("bash", "zsh"))))
@@ -539,7 +575,12 @@ def lab(tmp_path_factory):
         "CELERY_BROKER_URL": f"redis://localhost:{broker}/0",
         "CELERY_RESULT_BACKEND": f"redis://localhost:{backend}/0",
     }
-    own = {"COURSE_RUNTIME": str(home / "pair"), "VIRTUAL_ENV": "/nowhere", "SHELL": shell}
+    own = {
+        "COURSE_RUNTIME": str(home / "pair"),
+        "VIRTUAL_ENV": "/nowhere",
+        "SHELL": shell,
+        "JUPYTER_CONFIG_PATH": str(home / "more"),
+    }
     process, log = start_real(home, "lab", "--no-browser", "--port", "0", **urls, **own), []
     reader = threading.Thread(target=lambda: log.extend(iter(process.stderr.readline, "")), daemon=True)
     reader.start()
@@ -580,6 +621,7 @@ def test_lab_has_the_courses_settings(lab):
     assert default("docmanager-extension:plugin", "defaultViewers") == {"markdown": "Markdown Preview"}
     page = re.search(r'<script id="jupyter-config-data"[^>]*>(.*?)</script>', lab.get("/lab"), re.DOTALL)[1]
     assert json.loads(page)["news"] == {"disabled": True}
+    assert json.loads(page)["theirs"] == "kept"
 
 
 @real

@@ -119,12 +119,12 @@ class Home:
         process = self.child(code + HOLD, **env)
         return process, told(process)
 
-    def processes(self):
-        """The guards and servers that live here: all of them have a runtime directory as their own."""
+    def processes(self, directory=None):
+        """The guards and servers that live here, or in one runtime directory: they run in it."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if Path(process.cwd()).is_relative_to(self.path):
+                if Path(process.cwd()).is_relative_to(directory or self.path):
                     found.append(process)
         return found
 
@@ -370,12 +370,11 @@ def test_a_private_pair_ignores_the_environment_and_dies_with_its_process(home):
     inherited = {servers.VARIABLES[role]: pair[role] for role in servers.ROLES} | {"COURSE_RUNTIME": str(directory)}
     assert home.ask(ENSURE, **inherited) == pair
     os.kill(client(pair["backend"]).info("server")["process_id"], signal.SIGKILL)
-    assert eventually(lambda: not answers(pair["broker"]))
+    assert eventually(lambda: not home.processes(directory))
     assert again(owner) == pair
     owner.kill()
     owner.wait()
-    gone = lambda: not [p for p in home.processes() if directory == Path(p.cwd())]  # noqa: E731
-    assert eventually(gone, 5)
+    assert eventually(lambda: not home.processes(directory), 5)
     assert answers(shared["broker"])
     end(holder)
 
@@ -492,7 +491,7 @@ def test_the_servers_of_docker_compose_are_used_and_nothing_is_started(home, ser
 
 @pytest.mark.parametrize("text", ["", "[]", '{"ports": 5}', '{"ports": {"broker": 1}}'])
 def test_a_spoilt_runtime_directory_is_no_obstacle(home, here, text):
-    servers._directory().mkdir()
+    servers._directory().mkdir(mode=0o700)
     (home.directory / "pair.json").write_text(text)
     _, pair = home.hold()
     assert home.ports_of(pair) == home.ports
@@ -501,7 +500,7 @@ def test_a_spoilt_runtime_directory_is_no_obstacle(home, here, text):
 
 def test_servers_that_lost_their_guard_are_replaced_and_nobody_else_is_touched(home, here, serve):
     """As after SIGKILL of the guard on macOS, with its process id given to another process since."""
-    servers._directory().mkdir()
+    servers._directory().mkdir(mode=0o700)
     for role in servers.ROLES:
         orphan = serve(home.ports[role], "--dbfilename", servers.MARKS[role], "--dir", str(home.directory))
         orphan.set("old", 1)
@@ -524,11 +523,16 @@ def test_a_runtime_directory_that_vanishes_under_a_living_holder(home):
     assert answers(other["broker"], other["backend"])
 
 
-def test_a_runtime_directory_of_another_user_is_refused(home, here):
+@pytest.mark.parametrize("how", ["symlink", "open to others"])
+def test_a_runtime_directory_that_others_may_have_made_is_refused(home, here, how):
     directory = servers._directory()
-    (home.path / "elsewhere").mkdir()
-    directory.symlink_to(home.path / "elsewhere")  # what another user can make, without being root, in /tmp
-    with pytest.raises(servers.ServerError, match=r"it belongs to another user\. Remove it, or set"):
+    (home.path / "elsewhere").mkdir(mode=0o700)
+    if how == "symlink":  # which any user can make in /tmp
+        directory.symlink_to(home.path / "elsewhere")
+    else:
+        directory.mkdir()
+        directory.chmod(0o770)
+    with pytest.raises(servers.ServerError, match=r"it is not this user's alone\. Remove it, or set XDG_RUNTIME_DIR"):
         servers.ensure()
     (directory / "pair.json").write_text(json.dumps({"ports": {"broker": 1, "backend": 2}, "notice": "", "guard": 1}))
     with (directory / "pair.json").open() as file:
@@ -579,7 +583,7 @@ def test_given_servers_are_used_and_never_emptied(home, serve, tmp_path):
         ("redis://localhost:{taken}/99", ": it answers 'ERR DB index is out of range'."),
         ("redis://localhost:{taken}/tasks", ": it answers 'ERR "),
         ("redis://:secret@localhost:{taken}/0", ": it answers 'ERR AUTH "),
-        ("redis://no-such-host.invalid/0", "(redis://no-such-host.invalid/0): "),
+        ("redis://localhost:{taken}x/0", "(redis://localhost:{taken}x/0): that is no URL"),
         ("amqp://guest:secret@localhost//", "(amqp://***@localhost//): the course needs Redis or Valkey"),
         ("localhost:6379", ": the course needs Redis or Valkey"),
         ("", "CELERY_BROKER_URL (): it is not set, and the other one is."),

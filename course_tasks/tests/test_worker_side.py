@@ -102,7 +102,7 @@ def client():
     yield
     app.pool.force_close_all()
     app.backend.result_consumer.stop()
-    app.backend.client.close()
+    app.backend.client.connection_pool.disconnect()
 
 
 def python(code: str, folder: Path = ROOT, **variables) -> str:
