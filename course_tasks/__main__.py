@@ -118,6 +118,8 @@ def run(command, options):
 
 def main(argv):
     """The command line. Returns the exit code: 0 or None done, 1 failed, 2 not understood, 130 stopped by Ctrl-C."""
+    if not __package__:
+        return complain("Start it with -m, in the folder of the course: python3 -m course_tasks lab", 2)
     if os.name == "nt":
         return complain("On Windows the course runs in WSL 2: type `wsl --install`, and clone the course in there.")
     if sys.version_info[:2] < OLDEST:
