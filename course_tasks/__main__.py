@@ -38,14 +38,20 @@ def complain(text, code=1):
     return code
 
 
-def become(*command):
-    """Replace this process by .venv's Python running the command, with .venv first on PATH as if activated."""
+def activate():
+    """Put .venv first on PATH, for this process and what it starts or becomes."""
     from course_tasks.install import PYTHON, VENV
 
     path = [entry for entry in os.environ.get("PATH", os.defpath).split(os.pathsep) if entry != str(PYTHON.parent)]
     os.environ["PATH"] = os.pathsep.join([str(PYTHON.parent), *path])
     os.environ["VIRTUAL_ENV"] = str(VENV)
     os.environ.pop("PYTHONHOME", None)
+
+
+def become(*command):
+    """Replace this process by .venv's Python running the command."""
+    from course_tasks.install import PYTHON
+
     os.execv(PYTHON, [PYTHON, *command])
 
 
@@ -107,6 +113,7 @@ def run(command, options):
         install.install(dev=command == "install" and "--dev" in options)
         if command == "install":
             return print("Ready. Next: python3 -m course_tasks lab")
+        activate()
         if not install.inside_venv():
             become("-m", "course_tasks", command, *options)
         return IN_VENV[command](options[1:] if options[:1] == ["--"] else options)

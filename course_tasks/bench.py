@@ -19,7 +19,7 @@ import nbformat
 import psutil
 
 from course_tasks import record, servers
-from course_tasks.classroom.terminal import READY
+from course_tasks.classroom.terminal import READY, prepared
 
 ROUNDS = 3  # of what takes seconds; the best counts, as the others have met somebody else's work
 WORKER = "python -m celery -A course_tasks worker --loglevel=INFO --pool=solo"
@@ -69,7 +69,7 @@ def best(*measures) -> list[float]:
 
 @contextmanager
 def process(*command: str, **options):
-    """A process with its output in a pipe, interrupted at the end as Ctrl-C does."""
+    """A process with its output in a pipe, stopped by SIGTERM at the end."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **options}
     with subprocess.Popen(command, start_new_session=True, **options) as running:
         try:
@@ -89,7 +89,7 @@ def fresh_clone(directory: Path) -> tuple[float, float]:
         clone = directory / name
         subprocess.run(["git", "clone", "-q", record.ROOT, clone], check=True)
         start = time.monotonic()
-        subprocess.run(command, shell=True, cwd=clone, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command, shell=True, cwd=clone, check=True, capture_output=True)
         if name == "ours":
             environment = {
                 key: value for key, value in os.environ.items() if not key.startswith(("CELERY_", "COURSE_"))
@@ -115,7 +115,7 @@ def until(running: subprocess.Popen, pattern: str) -> None:
         read.append(line)
         if re.search(pattern, line.rstrip()):
             return
-    raise RuntimeError("".join(read))
+    raise SystemExit("".join(read))
 
 
 def course_lab() -> float:
@@ -143,7 +143,7 @@ def lab(*command: str) -> float:
                 time.sleep(0.01)
                 continue
             return time.monotonic() - start
-    raise RuntimeError("JupyterLab did not answer within 60 s")
+    raise SystemExit("JupyterLab did not answer within 60 s")
 
 
 def free_port() -> int:
@@ -155,12 +155,21 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def worker_in_a_shell(command: str = WORKER) -> float:
-    """Seconds from starting a worker in a shell to its "ready."."""
+def worker_in_a_shell(command: str = WORKER, idle: float = 0) -> float:
+    """Seconds from starting a worker in a shell to its "ready."; with `idle`, and from SIGTERM to its end.
+
+    `idle` is for how many seconds it waits for tasks in between, which do not count. A green pool that has waited
+    takes longer to stop than one that has only just started.
+    """
     start = time.monotonic()
-    with process("/bin/sh", "-c", f"cd {record.NOTEBOOKS}\n{command}") as worker:
+    with process("/bin/sh", "-e", "-c", prepared(command)[0], cwd=record.NOTEBOOKS) as worker:
         until(worker, READY)
-        return time.monotonic() - start
+        took = time.monotonic() - start
+        if not idle:
+            return took
+        time.sleep(idle)
+        start = time.monotonic()
+    return took + time.monotonic() - start
 
 
 def worker_in_a_cell() -> float:
@@ -189,9 +198,7 @@ def floor(path: Path) -> float:
     for cell in notebook.cells:
         seconds += sum(float(tag.partition("-")[2]) for tag in cell.metadata.get("tags", []) if tag.startswith("wait-"))
         if cell.source.startswith("%%terminal"):
-            start = time.monotonic()
-            worker_in_a_shell(cell.source.partition("\n")[2])
-            seconds += time.monotonic() - start
+            seconds += worker_in_a_shell(cell.source.partition("\n")[2], idle=3)
     return seconds
 
 

@@ -50,7 +50,7 @@ class Terminal:
         self.running = True
         self.ordered: str | None = None  # the end that was asked for
         self.changed = threading.Condition()
-        script, group = _prepared(self.command)
+        script, group = prepared(self.command)
         environment = {**os.environ, "TERM": "xterm-256color"}
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
         self.process = subprocess.Popen(
@@ -131,7 +131,7 @@ def plain(line: str) -> str:
     return ANSI.sub("", line)
 
 
-def _prepared(command: str) -> tuple[str, bool]:
+def prepared(command: str) -> tuple[str, bool]:
     """The script to run, and whether signals go to the whole group.
 
     The last line replaces the shell, as `exec` does, so that signals reach the program itself. A pipeline or a
