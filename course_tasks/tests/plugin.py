@@ -4,6 +4,7 @@ Loaded by the `-p` in pyproject.toml, so that `pytest` on a test, on a notebook 
 """
 
 import contextlib
+import socket
 import tempfile
 import time
 from pathlib import Path
@@ -69,11 +70,24 @@ def pair(request) -> servers.Pair:
     return request.config.stash[PAIR]
 
 
-def _empty(pair: servers.Pair, timeout: float = 15) -> None:
+def until(condition, what: str, seconds: float = 60):
+    """Wait until `condition()` is true, and return what it is then; fail, naming `what`, after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.02)
+    return found
+
+
+def listens(port: int) -> bool:
+    """Whether anything listens on a TCP port of 127.0.0.1."""
+    with contextlib.closing(socket.socket()) as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _empty(pair: servers.Pair) -> None:
     """Wait until nobody is connected any more (a worker on its way out may take a task), then empty both servers."""
-    deadline = time.monotonic() + timeout
     for url in (pair.broker, pair.backend):
         with Redis.from_url(url) as server:
-            while len(server.client_list()) > 1 and time.monotonic() < deadline:
-                time.sleep(0.05)
+            until(lambda: len(server.client_list()) == 1, f"everybody else has left {url}", 20)
     servers.flush(pair.broker, pair.backend)

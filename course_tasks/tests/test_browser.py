@@ -9,11 +9,13 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
 
 from course_tasks import record
+from course_tasks.tests.plugin import listens, until
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
@@ -56,6 +58,9 @@ class Lab:
                 break
         else:
             raise AssertionError("".join(self.said))
+        until(
+            lambda: listens(urlsplit(self.url).port), "JupyterLab listens"
+        )  # which it does a moment after it has said so
         threading.Thread(target=self.process.stdout.read, daemon=True).start()  # a full pipe would stop Lab
 
     def cells(self) -> list[dict]:

@@ -23,6 +23,7 @@ import zipfile
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -31,6 +32,7 @@ from jupyter_client import BlockingKernelClient
 
 from course_tasks import servers
 from course_tasks.install import ROOT, VENV
+from course_tasks.tests.plugin import listens, until
 
 HOST = sys._base_executable  # a Python outside of any virtual environment
 LINE = re.compile(r"course_tasks: [^\n]+\n")  # all that a user sees of an error
@@ -51,23 +53,9 @@ def environment(home, **more):
     return kept | NO_INDEX | {"HOME": str(home)} | more
 
 
-def until(condition, what, seconds=60):
-    """Wait until the condition holds; return what it returned."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.02)
-    return found
-
-
 def free_port():
     with closing(socket.create_server(("127.0.0.1", 0))) as probe:
         return probe.getsockname()[1]
-
-
-def listens(port):
-    with closing(socket.socket()) as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 class Clone:
@@ -588,6 +576,7 @@ def lab(tmp_path_factory):
     reader.start()
     try:
         found = until(lambda: re.search(r"(http://127\S+:\d+)(/\S*)\?token=(\w+)", "".join(log)), "Lab names its URL")
+        until(lambda: listens(urlsplit(found[1]).port), "Lab listens")  # which it does a moment later
         ready = time.monotonic()
         yield Lab(*found.groups(), home, broker)
         assert (time.monotonic() > ready + servers.GRACE + 1) or not time.sleep(servers.GRACE + 1)

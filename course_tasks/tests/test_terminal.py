@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from course_tasks import record, servers
+from course_tasks.tests.plugin import until
 
 # Python for `python -c "..."`: each says that it is ready and stays; what SIGTERM does is in the name
 WAITING = "import time; print('{mark} ready.', flush=True); time.sleep(600)"
@@ -226,7 +227,7 @@ def test_a_warm_stop_that_takes_too_long_is_said_so_and_kill_helps(kernel, mark)
 
 def test_interrupting_a_start_stops_it(kernel, mark):
     kernel.run(cell(mark, "%%terminal one --ready never"), wait=False)
-    wait_for(lambda: processes(mark))
+    until(lambda: processes(mark), "the command runs")
     kernel.manager.interrupt_kernel()
     while (found := kernel.message())["msg_type"] != "error":
         pass
@@ -280,10 +281,3 @@ def test_a_command_that_ends_leaves_none_of_its_children(kernel, mark):
     [pane] = kernel.run(f"%%terminal one --ready never\n{background}sleep 0.5")
     assert pane["data"]["text/plain"].startswith("one: finished")
     assert gone(mark, 2)
-
-
-def wait_for(condition, timeout: float = 20) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

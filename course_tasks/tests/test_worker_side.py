@@ -20,6 +20,7 @@ from redis import Redis
 
 from course_tasks.celery import app
 from course_tasks.tasks import add, add_long
+from course_tasks.tests.plugin import until
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
@@ -32,16 +33,6 @@ STARTS = {  # a worker: the folder it is started in, and the command
     "solo": (ROOT, COMMAND + "solo"),
 }
 TIMEOUT = 60  # seconds, far above what anything here takes
-
-
-def until(condition, what: str):
-    """Wait until `condition()` is true, and return what it is then."""
-    deadline = time.monotonic() + TIMEOUT
-    while time.monotonic() < deadline:
-        if value := condition():
-            return value
-        time.sleep(0.05)
-    pytest.fail(f"not within {TIMEOUT} s: {what}")
 
 
 class Worker:
