@@ -29,7 +29,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-OLDEST, NEWEST = (3, 11), (3, 14)  # the Pythons that the course is tested with
+OLDEST, NEWEST = (3, 11), (3, 13)  # the Pythons that the course is tested with
 OWN_HELP = ("record", "bench")  # they answer --help themselves
 
 
