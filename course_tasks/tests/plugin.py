@@ -4,6 +4,7 @@ Loaded by the `-p` in pyproject.toml, so that `pytest` on a test, on a notebook 
 """
 
 import contextlib
+import signal
 import socket
 import tempfile
 import time
@@ -33,6 +34,8 @@ def pytest_sessionstart(session) -> None:
         getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput")
     ):
         return
+    # A shell starts its background jobs deaf to SIGINT, and the tests' processes, which get it, would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     stack = config.stash[STACK] = contextlib.ExitStack()
     directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="course-", ignore_cleanup_errors=True))
     pair = config.stash[PAIR] = servers.private(Path(directory, "pair"))

@@ -301,9 +301,14 @@ def wait_for_pip(clone, command):
     until(at_work, "pip is being put into .venv")
 
 
-def test_killed_in_the_middle(clone):
+def test_killed_in_the_middle(clone, request):
+    def sweep():
+        with suppress(ProcessLookupError):
+            os.killpg(first.pid, signal.SIGKILL)
+
     waiting = "Another run is installing into .venv just now; waiting for it.\n"
     first = clone.start("install")
+    request.addfinalizer(sweep)
     wait_for_pip(clone, first)
     os.killpg(first.pid, signal.SIGSTOP)
     first.kill()  # and only that, so what it started holds the lock
