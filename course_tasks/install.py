@@ -118,7 +118,7 @@ def _install(dev: bool, lock: int) -> None:
     if usable:
         say("Bringing .venv up to date.")
     else:
-        say("Installing what the course needs into .venv: about 300 MB, a minute or two, only this once.")
+        say("Installing what the course needs into .venv: 60 MB to download, a minute or two, only this once.")
         _make_empty_venv()
     if not any(VENV.glob("lib/python*/site-packages/pip/__main__.py")):
         _get_pip(lock)

@@ -2,6 +2,8 @@
 
 import re
 import statistics
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -119,7 +121,6 @@ def test_a_chapter_follows_the_template(path):
     assert first.startswith(f"# {path.stem[:2]}") and re.search(r"\d+ minutes", first)
     for part in ("**By the end you can**", "**Why it matters", "**You need**"):
         assert part in first, part
-    assert {"setup", "check-setup"} & set(tagged(path))
     text = prose(path)
     assert text.count("**Predict:**") >= 2
     assert re.search(r"(?m)^## Break it", text)
@@ -127,6 +128,15 @@ def test_a_chapter_follows_the_template(path):
     quiz = text.partition("**Quiz**")[2]
     assert quiz.count("<summary>") == 3
     assert cells(path, "code")[-1].source.startswith("%stop"), "a chapter stops its workers at its end"
+
+
+def test_every_chapter_opens_with_the_same_cell_which_knows_the_wrong_python():
+    [source] = {tagged(path)["setup"].source for path in PATHS}
+    python, _, magics = source.partition("%")
+    assert magics == "load_ext course_tasks.classroom\n%servers"
+    command = [sys.executable, "-I", "-S", "-c", python]  # without site-packages
+    said = subprocess.run(command, capture_output=True, text=True, cwd="/").stderr
+    assert re.fullmatch(r"No module named 'course_tasks'. Open the course with: python3 -m course_tasks lab\n", said)
 
 
 @chapters()
