@@ -98,7 +98,7 @@ def page(browser, lab, request):
     page = context.new_page()
     page.set_default_timeout(WAIT)
     page.goto(lab.url)
-    # the status bar, for the indicator at the top says "idle" before there is a kernel too, and what is run then is lost
+    # the status bar: the indicator at the top says "idle" before there is a kernel too, and what is run then is lost
     api.expect(page.locator("#jp-main-statusbar")).to_contain_text("| Idle", timeout=WAIT)
     yield page
     if folder := os.environ.get("COURSE_SCREENSHOTS"):  # to be looked at
