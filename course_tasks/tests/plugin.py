@@ -8,9 +8,11 @@ import signal
 import socket
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import nbval.kernel
+import psutil
 import pytest
 from nbval.plugin import IPyNbCell
 from redis import Redis
@@ -79,6 +81,16 @@ def until(condition, what: str, seconds: float = 60):
     while not (found := condition()):
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
         time.sleep(0.02)
+    return found
+
+
+def processes(text: str, among: Iterable[psutil.Process] | None = None) -> list[psutil.Process]:
+    """The processes that have `text` in their command lines: of this machine, or of those given. Zombies are none."""
+    found = []
+    for process in psutil.process_iter() if among is None else among:
+        with contextlib.suppress(psutil.Error):  # it has ended in the meantime
+            if text in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
     return found
 
 

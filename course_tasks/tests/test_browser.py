@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from course_tasks import record
-from course_tasks.tests.plugin import listens, until
+from course_tasks.tests.plugin import listens, processes, until
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
@@ -68,10 +68,9 @@ class Lab:
         notebook = json.loads((self.notebooks / "00_welcome.ipynb").read_text())
         return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
 
-    def workers(self) -> list[psutil.Process]:
-        """The workers that Lab's notebooks have started."""
-        found = psutil.Process(self.process.pid).children(recursive=True)
-        return [process for process in found if "celery" in process.cmdline()]
+    def processes(self, text: str) -> list[psutil.Process]:
+        """What Lab's notebooks have started with `text` in its command line."""
+        return processes(text, psutil.Process(self.process.pid).children(recursive=True))
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +150,7 @@ def test_run_all_shows_the_workers_log_which_grows_and_stop_stops_it(page, lab):
     api.expect(log).to_contain_text("ready.")
     api.expect(log).to_contain_text("succeeded in")  # written after the cell had ended
     api.expect(log.locator("..")).to_contain_text("worker: stopped")
-    assert lab.workers() == []
+    assert lab.processes("-m celery") == []
     save(page, lab)
     for cell in lab.cells():
         assert cell["execution_count"], "".join(cell["source"])
@@ -188,9 +187,7 @@ def test_a_running_pane_follows_and_closing_lab_leaves_no_worker(page, lab):
     log = page.locator("[role=log][aria-label='log of counter']")
     api.expect(log).to_contain_text("line 1", timeout=WAIT)
     api.expect(log).to_contain_text("line 12", timeout=WAIT)
-    running = psutil.Process(lab.process.pid).children(recursive=True)
-    counters = [process for process in running if "echo line" in " ".join(process.cmdline())]
-    assert counters
+    assert (counters := lab.processes("echo line"))
     lab.process.send_signal(signal.SIGTERM)
     assert psutil.wait_procs(counters, timeout=20)[1] == []
     assert lab.process.wait(20) is not None

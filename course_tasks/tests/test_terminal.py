@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from course_tasks import record, servers
-from course_tasks.tests.plugin import until
+from course_tasks.tests.plugin import processes, until
 
 # Python for `python -c "..."`: each says that it is ready and stays; what SIGTERM does is in the name
 WAITING = "import time; print('{mark} ready.', flush=True); time.sleep(600)"
@@ -90,15 +90,6 @@ def mark():
     mark = f"mark{uuid.uuid4().hex}"
     yield mark
     assert gone(mark), "processes were left behind"
-
-
-def processes(mark: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if mark in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
 
 
 def gone(mark: str, timeout: float = 10) -> bool:
@@ -264,9 +255,9 @@ def test_no_end_of_the_kernel_leaves_anything_behind(kernel, mark, how, tmp_path
     elif how == "sigkill":
         psutil.Process(kernel.manager.provisioner.process.pid).send_signal(signal.SIGKILL)
     elif sys.platform == "linux":
-        for process in processes(mark):
-            if "-I" in process.cmdline():
-                process.kill()
+        supervisors = [process for process in processes(mark) if "-I" in process.cmdline()]
+        for process in supervisors:  # all found before the first is killed, which takes its command with it
+            process.kill()
     else:
         pytest.skip("only Linux ends a child with its parent")
     assert gone(mark, 5)
