@@ -96,7 +96,7 @@ def comparable(cell: nbformat.NotebookNode) -> list:
 def _anonymous(value):
     """The value without this machine: its platform, its name, the place of the clone, and the ports in use."""
     if isinstance(value, str):
-        for role, variable in (("broker", "CELERY_BROKER_URL"), ("backend", "CELERY_RESULT_BACKEND")):
+        for role, variable in servers.VARIABLES.items():
             port = urlsplit(os.environ[variable]).port
             value = value.replace(f"localhost:{port}/", f"localhost:{servers.DEFAULT_PORTS[role]}/")
         value = value.replace(platform.platform(), platform.system()).replace(str(ROOT), "/home/you/course")
@@ -120,7 +120,8 @@ def record(path: Path) -> list[int]:
     """
     before = path.read_text()
     notebook = nbformat.reads(before, as_version=4)
-    old = {cell.id: cell for cell in nbformat.reads(before, as_version=4).cells if cell.cell_type == "code"}
+    unrun = nbformat.reads(before, as_version=4)
+    old = {cell.id: cell for cell in unrun.cells if cell.cell_type == "code"}
     with executing(notebook, record_timing=False, store_widget_state=False) as client:
         for index, cell in enumerate(notebook.cells):
             client.execute_cell(cell, index)
@@ -137,7 +138,7 @@ def record(path: Path) -> list[int]:
         for output in cell.outputs:
             if output.output_type == "execute_result":
                 output.execution_count = number
-    notebook.metadata = nbformat.reads(before, as_version=4).metadata
+    notebook.metadata = unrun.metadata
     if (after := nbformat.writes(notebook) + "\n") != before:
         path.write_text(after)
     return new
