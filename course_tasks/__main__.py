@@ -6,6 +6,7 @@ Usage: python3 -m course_tasks COMMAND [options]
   test [options]     run the course's tests; the options are pytest's, e.g. -x notebooks/00_welcome.ipynb
   install [--dev]    prepare everything and stop, e.g. at home before a workshop; --dev adds contributors' tools
   servers            start the broker and the backend, print their URLs and keep them running until Ctrl-C
+  server [options]   run one more server in this terminal; the options are Redis's, e.g. --port 6390
   doctor             say what this machine has, what is missing, and what to do about it
   record [options]   run notebooks and store their outputs in them
   bench [options]    measure the course against its aims
@@ -85,6 +86,13 @@ def servers(options):
     signal.sigwait(stopping)
 
 
+def server(options):
+    from course_tasks.servers import find_server
+
+    path, _ = find_server()
+    os.execv(path, [path, *options])
+
+
 def record(options):
     from course_tasks import record
 
@@ -98,7 +106,7 @@ def bench(options):
 
 
 IN_VENV = {"lab": lab, "test": test, "servers": servers, "record": record, "bench": bench}
-COMMANDS = [*IN_VENV, "install", "doctor"]
+COMMANDS = [*IN_VENV, "install", "doctor", "server"]
 
 
 def run(command, options):
@@ -106,8 +114,11 @@ def run(command, options):
     from course_tasks import doctor, install
     from course_tasks.servers import ServerError
 
-    os.chdir(install.ROOT)
+    own = options[1:] if options[:1] == ["--"] else options
     try:
+        if command == "server":  # in the folder where it is asked for, and with any Python
+            return server(own)
+        os.chdir(install.ROOT)
         if command == "doctor":
             return doctor.main()
         install.install(dev=command == "install" and "--dev" in options)
@@ -116,7 +127,7 @@ def run(command, options):
         activate()
         if not install.inside_venv():
             become("-m", "course_tasks", command, *options)
-        return IN_VENV[command](options[1:] if options[:1] == ["--"] else options)
+        return IN_VENV[command](own)
     except (install.Problem, ServerError) as error:
         return complain(error)
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -19,7 +20,7 @@ import nbformat
 import psutil
 
 from course_tasks import record, servers
-from course_tasks.classroom.terminal import READY, prepared
+from course_tasks.classroom.terminal import READY, plain, prepared
 
 ROUNDS = 3  # of what takes seconds; the best counts, as the others have met somebody else's work
 WORKER = "python -m celery -A course_tasks worker --loglevel=INFO --pool=solo"
@@ -109,13 +110,11 @@ def fresh_clone(directory: Path) -> tuple[float, float]:
 
 
 def until(running: subprocess.Popen, pattern: str) -> None:
-    """Read what a process prints up to the first line that matches."""
-    read = []
-    for line in running.stdout:
-        read.append(line)
-        if re.search(pattern, line.rstrip()):
-            return
-    raise SystemExit("".join(read))
+    """Read what a process prints up to the first line that matches, or to its end, which comes after 60 s."""
+    patience = threading.Timer(60, running.kill)
+    patience.start()
+    any(re.search(pattern, plain(line.rstrip())) for line in running.stdout)
+    patience.cancel()
 
 
 def course_lab() -> float:
@@ -155,21 +154,17 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def worker_in_a_shell(command: str = WORKER, idle: float = 0) -> float:
-    """Seconds from starting a worker in a shell to its "ready."; with `idle`, and from SIGTERM to its end.
-
-    `idle` is for how many seconds it waits for tasks in between, which do not count. A green pool that has waited
-    takes longer to stop than one that has only just started.
-    """
+def worker_in_a_shell() -> float:
+    """Seconds from starting a worker in a shell to its "ready."."""
     start = time.monotonic()
-    with process("/bin/sh", "-e", "-c", prepared(command)[0], cwd=record.NOTEBOOKS) as worker:
+    with process(*in_a_shell(WORKER), cwd=record.NOTEBOOKS) as worker:
         until(worker, READY)
-        took = time.monotonic() - start
-        if not idle:
-            return took
-        time.sleep(idle)
-        start = time.monotonic()
-    return took + time.monotonic() - start
+        return time.monotonic() - start
+
+
+def in_a_shell(command: str) -> tuple[str, ...]:
+    """The words that run a terminal cell's command without the terminal cell."""
+    return "/bin/sh", "-e", "-c", prepared(command)[0]
 
 
 def worker_in_a_cell() -> float:
@@ -189,17 +184,51 @@ def floor(path: Path) -> float:
     """Seconds that no test of the notebook can do without.
 
     The start of a kernel, the start and the stop of each of its terminal cells' commands in a bare shell, and the
-    waits that it is about, declared as tags (`wait-2` for two seconds).
+    waits that it is about, declared as tags (`wait-2` for two seconds). A worker is stopped after 3 s, which do not
+    count: a green pool that has waited takes longer to stop than one that has only just started.
     """
     notebook = nbformat.read(path, as_version=4)
     start = time.monotonic()
     with record.executing(nbformat.v4.new_notebook()):
         seconds = time.monotonic() - start
-    for cell in notebook.cells:
-        seconds += sum(float(tag.partition("-")[2]) for tag in cell.metadata.get("tags", []) if tag.startswith("wait-"))
-        if cell.source.startswith("%%terminal"):
-            seconds += worker_in_a_shell(cell.source.partition("\n")[2], idle=3)
+    running: dict[str, subprocess.Popen] = {}
+    # PORT is where the chapters have servers of their own; a terminal cell's pipe is read line by line
+    environment = {**os.environ, "PORT": str(free_port()), "PYTHONUNBUFFERED": "1"}
+    with record.workplace() as folder:
+        for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
+            tags = cell.metadata.get("tags", [])
+            seconds += sum(float(tag.partition("-")[2]) for tag in tags if tag.startswith("wait-"))
+            line, _, body = cell.source.partition("\n")
+            magic, *words = shlex.split(line, comments=True) or [""]
+            if magic == "%%writefile":
+                Path(folder, words[-1]).write_text(body)
+            elif magic == "%%terminal":
+                seconds += stopped(running, words[:1])
+                start = time.monotonic()
+                running[words[0]] = subprocess.Popen(
+                    in_a_shell(body), cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                    text=True, start_new_session=True,
+                )  # fmt: skip
+                ready = words[words.index("--ready") + 1] if "--ready" in words else READY
+                until(running[words[0]], ready)
+                seconds += time.monotonic() - start
+            elif magic in ("%stop", "%kill"):
+                seconds += stopped(running, words or list(running), magic == "%kill")
+        seconds += stopped(running, list(running), kill=True)
     return seconds
+
+
+def stopped(running: dict[str, subprocess.Popen], names: list[str], kill: bool = False) -> float:
+    """Stop those of the processes that still run, together; the seconds that it took."""
+    ending = [running.pop(name) for name in names if name in running]
+    if ending and not kill:
+        time.sleep(3)
+    start = time.monotonic()
+    for process in ending:
+        process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
+    for process in ending:
+        process.communicate(timeout=60)
+    return time.monotonic() - start
 
 
 def tested(path: Path, report: Path) -> float:

@@ -59,14 +59,25 @@ def kernel_environment() -> dict[str, str]:
 
 
 @contextmanager
+def workplace(directory: str | None = None):
+    """A folder for one kernel in place of `notebooks/`, with an empty `scratch` for the files that a chapter writes.
+
+    Two kernels at work in one `scratch` would overwrite each other's files.
+    """
+    with tempfile.TemporaryDirectory(prefix="course-", dir=directory) as folder:
+        Path(folder, "scratch").mkdir()
+        yield folder
+
+
+@contextmanager
 def executing(notebook: nbformat.NotebookNode, **settings):
-    """A client whose kernel is running, in the notebooks' folder, ready for `client.execute_cell`."""
-    with kernel_manager() as manager:
+    """A client whose kernel is running, in a workplace of its own, ready for `client.execute_cell`."""
+    with kernel_manager() as manager, workplace() as folder:
         client = NotebookClient(
             notebook,
             km=manager,
             timeout=CELL_TIMEOUT,
-            resources={"metadata": {"path": str(NOTEBOOKS)}},
+            resources={"metadata": {"path": folder}},
             **settings,
         )
         with client.setup_kernel(env=kernel_environment()):

@@ -1,5 +1,7 @@
 """The tasks that the chapters send. A producer needs only their names, which is why each has one of its own."""
 
+import os
+import threading
 import time
 
 from celery.utils.log import get_task_logger
@@ -26,3 +28,45 @@ def add_long(x: float, y: float, seconds: float = 5) -> float:
     while (left := end - time.monotonic()) > 0:
         time.sleep(min(0.1, left))
     return x + y
+
+
+@app.task(name="divide")
+def divide(x: float, y: float) -> float:
+    """Return ``x / y``; ZeroDivisionError if ``y`` is 0."""
+    return x / y
+
+
+@app.task(name="notify", ignore_result=True)
+def notify(text: str) -> None:
+    """Write ``text`` to the log. Nobody waits for a result, so none is stored."""
+    logger.info("notifying: %s", text)
+
+
+@app.task(name="flaky", bind=True, max_retries=None)
+def flaky(self, failures: int = 1, pause: float = 1) -> int:
+    """Fail ``failures`` times, as a service does that is not up yet; return the number of attempts.
+
+    Each failure is retried after ``pause`` seconds.
+    """
+    if self.request.retries < failures:
+        raise self.retry(exc=ConnectionError("the service is not up yet"), countdown=pause)
+    return self.request.retries + 1
+
+
+@app.task(name="count_to", bind=True)
+def count_to(self, total: int, pause: float = 0.1) -> int:
+    """Count to ``total`` with a pause of ``pause`` seconds before each number, and report each as progress.
+
+    The state is PROGRESS on the way, with ``{"done": n, "total": total}`` in the result's ``info``.
+    """
+    for done in range(1, total + 1):
+        time.sleep(pause)
+        self.update_state(state="PROGRESS", meta={"done": done, "total": total})
+    return total
+
+
+@app.task(name="whereami")
+def whereami(seconds: float = 0) -> dict[str, int | str]:
+    """Take ``seconds`` seconds, and return who ran this: ``pid``, ``parent_pid`` and the ``thread``'s name."""
+    time.sleep(seconds)
+    return {"pid": os.getpid(), "parent_pid": os.getppid(), "thread": threading.current_thread().name}

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from nbval.plugin import IPyNbCell
 from redis import Redis
+from xdist.scheduler import LoadScopeScheduling
 
 from course_tasks import record, servers
 
@@ -43,9 +44,10 @@ def pytest_sessionstart(session) -> None:
     pair = config.stash[PAIR] = servers.private(Path(directory, "pair"))
 
     def start_kernel(startup_timeout=60, kernel_name="python3", **options):
-        """nbval's own, but with JupyterLab's environment, sockets that can't clash, and an empty pair."""
+        """nbval's own, but with JupyterLab's environment, sockets and files that can't clash, and an empty pair."""
         _empty(pair)
         manager = stack.enter_context(record.kernel_manager(directory))
+        options["cwd"] = stack.enter_context(record.workplace(directory))
         manager.start_kernel(env=record.kernel_environment(), **options)
         client = manager.client()
         client.start_channels()
@@ -59,6 +61,18 @@ def pytest_sessionfinish(session) -> None:
     """Stop what pytest_sessionstart started."""
     if stack := session.config.stash.get(STACK, None):
         stack.close()
+
+
+class Scheduling(LoadScopeScheduling):
+    """A file's tests run in one process, but a chapter may be run by a learner beside another one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid if "test_run_all_" in nodeid else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config, log) -> Scheduling:
+    """What divides the tests among the processes."""
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items) -> None:

@@ -519,6 +519,27 @@ def test_options_go_to_pytest(tmp_path):
 
 
 @real
+def test_server_is_one_more_server_in_the_folder_where_it_is_started(tmp_path):
+    port = free_port()
+    command = [sys.executable, "-m", "course_tasks", "server", "--port", str(port), "--appendonly", "yes"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert any("Ready to accept connections" in line for line in process.stdout)
+            assert listens(port) and Path(tmp_path, "appendonlydir").is_dir()
+        finally:
+            process.terminate()
+            process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
+@real
+def test_server_says_in_one_line_what_is_missing(tmp_path):
+    code, out, err = ended(start_real(tmp_path, "server", COURSE_REDIS_SERVER="/nowhere"))
+    assert (code, out) == (1, "")
+    assert re.fullmatch(r"course_tasks: The course needs Redis or Valkey 6.2 .* /nowhere .*\n", err)
+
+
+@real
 @pytest.mark.parametrize("command", ["record", "bench"])
 def test_record_and_bench_have_a_help_of_their_own(tmp_path, command):
     code, out, err = ended(start_real(tmp_path, command, "--help"))
