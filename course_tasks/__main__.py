@@ -90,7 +90,7 @@ def server(options):
     from course_tasks.servers import find_server
 
     path, _ = find_server()
-    os.execv(path, [path, *options])
+    os.execv(path, [path, "--logfile", "/dev/stdout", *options])  # with a log file named, it draws no logo
 
 
 def record(options):

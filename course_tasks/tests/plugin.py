@@ -4,6 +4,7 @@ Loaded by the `-p` in pyproject.toml, so that `pytest` on a test, on a notebook 
 """
 
 import contextlib
+import re
 import signal
 import socket
 import tempfile
@@ -64,10 +65,10 @@ def pytest_sessionfinish(session) -> None:
 
 
 class Scheduling(LoadScopeScheduling):
-    """A file's tests run in one process, but a chapter may be run by a learner beside another one."""
+    """A file's tests run in one process, but a chapter may be run through beside another one."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return nodeid if "test_run_all_" in nodeid else super()._split_scope(nodeid)
+        return nodeid if re.search(r"test_run_all_\w+\[", nodeid) else super()._split_scope(nodeid)
 
 
 def pytest_xdist_make_scheduler(config, log) -> Scheduling:

@@ -1,4 +1,4 @@
-"""The course in a real browser: JupyterLab as `lab` starts it, chapter 00 as a learner goes through it."""
+"""The course in a real browser: JupyterLab as `lab` starts it, the chapters as a learner goes through them."""
 
 import json
 import os
@@ -20,6 +20,7 @@ from course_tasks.tests.plugin import listens, processes, until
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
 FLAGS += ["--disable-component-update"]
+WELCOME = "00_welcome.ipynb"
 SECOND = 1000  # Playwright counts in milliseconds
 WAIT = 90 * SECOND
 
@@ -63,9 +64,9 @@ class Lab:
         )  # which it does a moment after it has said so
         threading.Thread(target=self.process.stdout.read, daemon=True).start()  # a full pipe would stop Lab
 
-    def cells(self) -> list[dict]:
+    def cells(self, name: str = WELCOME) -> list[dict]:
         """The saved chapter's code cells."""
-        notebook = json.loads((self.notebooks / "00_welcome.ipynb").read_text())
+        notebook = json.loads((self.notebooks / name).read_text())
         return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
 
     def processes(self, text: str) -> list[psutil.Process]:
@@ -91,12 +92,12 @@ def browser():
 
 @pytest.fixture
 def page(browser, lab, request):
-    context = browser.new_context(
-        color_scheme=getattr(request, "param", "light"), viewport={"width": 1300, "height": 1000}
-    )
+    """A chapter in the browser, by default 00 in the light theme; the parameter is (theme, name)."""
+    theme, name = getattr(request, "param", ("light", WELCOME))
+    context = browser.new_context(color_scheme=theme, viewport={"width": 1300, "height": 1000})
     page = context.new_page()
     page.set_default_timeout(WAIT)
-    page.goto(lab.url)
+    page.goto(lab.url if name == WELCOME else re.sub(r"/lab[^?]*", f"/lab/tree/notebooks/{name}", lab.url) + "&reset")
     # the status bar: the indicator at the top says "idle" before there is a kernel too, and what is run then is lost
     api.expect(page.locator("#jp-main-statusbar")).to_contain_text("| Idle", timeout=WAIT)
     yield page
@@ -126,11 +127,23 @@ def pane(page: api.Page, number: int = 0):
     raise AssertionError("there is no terminal pane")
 
 
-def save(page: api.Page, lab: Lab) -> None:
-    before = (lab.notebooks / "00_welcome.ipynb").stat().st_mtime_ns
+def run_all(page: api.Page) -> None:
+    menu(page, "Run", "Run All Cells")
+    api.expect(status(page)).to_have_attribute("data-status", "busy", timeout=WAIT)
+    api.expect(status(page)).to_have_attribute("data-status", "idle", timeout=WAIT)
+    page.locator(".jp-WindowedPanel-outer").evaluate("view => view.scrollTop = 0")
+
+
+def save(page: api.Page, lab: Lab, name: str = WELCOME) -> None:
+    """Save the chapter, and see that every cell has run and none has failed."""
+    before = (lab.notebooks / name).stat().st_mtime_ns
     page.keyboard.press("Control+s")
     page.wait_for_function("() => !document.querySelector('.lm-TabBar-tab.jp-mod-dirty')")
-    assert (lab.notebooks / "00_welcome.ipynb").stat().st_mtime_ns > before
+    assert (lab.notebooks / name).stat().st_mtime_ns > before
+    for cell in lab.cells(name):
+        assert cell["execution_count"], "".join(cell["source"])
+        assert all(output["output_type"] != "error" for output in cell["outputs"]), cell["outputs"]
+        assert all(output.get("name") != "stderr" for output in cell["outputs"]), cell["outputs"]
 
 
 def test_lab_opens_on_chapter_00_with_the_courses_settings(page, lab):
@@ -142,24 +155,17 @@ def test_lab_opens_on_chapter_00_with_the_courses_settings(page, lab):
 
 
 def test_run_all_shows_the_workers_log_which_grows_and_stop_stops_it(page, lab):
-    menu(page, "Run", "Run All Cells")
-    api.expect(status(page)).to_have_attribute("data-status", "busy", timeout=WAIT)
-    api.expect(status(page)).to_have_attribute("data-status", "idle", timeout=WAIT)
-    page.locator(".jp-WindowedPanel-outer").evaluate("view => view.scrollTop = 0")
+    run_all(page)
     log = pane(page)
     api.expect(log).to_contain_text("ready.")
     api.expect(log).to_contain_text("succeeded in")  # written after the cell had ended
     api.expect(log.locator("..")).to_contain_text("worker: stopped")
     assert lab.processes("-m celery") == []
     save(page, lab)
-    for cell in lab.cells():
-        assert cell["execution_count"], "".join(cell["source"])
-        assert all(output["output_type"] != "error" for output in cell["outputs"]), cell["outputs"]
-        assert all(output.get("name") != "stderr" for output in cell["outputs"]), cell["outputs"]
     assert ["9"] in [output.get("data", {}).get("text/plain") for cell in lab.cells() for output in cell["outputs"]]
 
 
-@pytest.mark.parametrize("page", ["light", "dark"], indirect=True)
+@pytest.mark.parametrize("page", [("light", WELCOME), ("dark", WELCOME)], ids=["light", "dark"], indirect=True)
 def test_the_saved_notebook_shows_the_pane_in_both_themes(page, request):
     dark = "dark" in request.node.name
     assert page.locator("body").get_attribute("data-jp-theme-light") == ("false" if dark else "true")
@@ -191,3 +197,31 @@ def test_a_running_pane_follows_and_closing_lab_leaves_no_worker(page, lab):
     lab.process.send_signal(signal.SIGTERM)
     assert psutil.wait_procs(counters, timeout=20)[1] == []
     assert lab.process.wait(20) is not None
+
+
+OTHERS = [path.name for path in sorted(record.NOTEBOOKS.glob("*.ipynb")) if path.name != WELCOME]
+
+
+@pytest.mark.parametrize(
+    "page, name",
+    [((("dark", "light")[number % 2], name), name) for number, name in enumerate(OTHERS)],
+    ids=OTHERS,
+    indirect=["page"],
+)
+def test_run_all_in_the_browser(page, lab, name):
+    run_all(page)
+    save(page, lab, name)
+    pictures, panes = set(), {}
+    view = page.locator(".jp-WindowedPanel-outer")
+    while True:  # Lab keeps only what is near the view
+        page.wait_for_function("() => [...document.images].every(image => image.complete)")
+        for alt, width in page.locator(".jp-Notebook img").evaluate_all("all => all.map(i => [i.alt, i.naturalWidth])"):
+            assert alt and width, f"a picture is not shown: {alt}"
+            pictures.add(alt)
+        for log in page.locator("[role=log]").all():
+            panes[log.get_attribute("aria-label")] = log.locator("..").inner_text().partition("\n")[0]
+        if not view.evaluate(
+            "view => { const was = view.scrollTop; view.scrollTop += 700; return view.scrollTop > was }"
+        ):
+            break
+    assert pictures and panes and not [title for title in panes.values() if title.endswith("running")], panes
