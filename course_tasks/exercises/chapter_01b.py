@@ -1,0 +1,112 @@
+"""The exercises of chapter 01b."""
+
+import os
+import re
+import uuid
+from collections.abc import Callable
+from types import FunctionType
+
+from redis import Redis
+
+from course_tasks.exercises import Exercise
+
+
+class _Endless(Exception):
+    pass
+
+
+class _Patient(Redis):
+    """The broker, for a function that might never stop asking it."""
+
+    commands = 0
+
+    def execute_command(self, *args, **options):
+        self.commands += 1
+        if self.commands > 50:
+            raise _Endless
+        return super().execute_command(*args, **options)
+
+
+def _rescues(answer: Callable) -> str | None:
+    url = os.environ["CELERY_BROKER_URL"]
+    wrong, right = (f"judged-{name}-{uuid.uuid4()}" for name in ("wrong", "right"))
+    with Redis.from_url(url) as broker, _Patient.from_url(url, socket_timeout=1) as patient:
+        broker.lpush(wrong, "first", "second", "third")
+        broker.lpush(right, "waiting")
+        try:
+            answer(patient, wrong, right)
+        except _Endless:
+            return "your function went on asking the broker without end. When is there nothing more to move?"
+        except Exception as error:
+            return f"your function raised {type(error).__name__}: {error}."
+        finally:
+            left, moved = ([one.decode() for one in broker.lrange(key, 0, -1)] for key in (wrong, right))
+            broker.delete(wrong, right)
+    if set(moved) >= {"first", "second", "third"} and left:
+        return "the messages are in both queues now: they would wait for ever, or run twice."
+    if left:
+        return f"{len(left)} of the 3 messages are still in the wrong queue."
+    if "waiting" not in moved:
+        return "the message that waited in the right queue already is gone."
+    if len(moved) < 4:
+        return "the wrong queue is empty, but not all its messages are in the right one."
+    if moved[-1] != "waiting":
+        return "the rescued messages jumped the queue: a worker takes from the right end, where others waited."
+    if moved != ["third", "second", "first", "waiting"]:
+        return "their order is not the one in which they were sent: the oldest has to come first, from the right."
+    return None
+
+
+def _careful(answer: dict) -> str | None:
+    settings = {str(name).lower(): str(value).lower() for name, value in answer.items()}
+    for name in ("appendonly", "maxmemory", "maxmemory-policy"):
+        if name not in settings:
+            return f"a value for {name} is missing."
+    if settings["appendonly"] != "yes":
+        return "after a crash this broker knows nothing, as it writes no file of its changes."
+    policy = settings["maxmemory-policy"]
+    if policy.startswith("allkeys"):
+        return f"with {policy} a full broker drops keys, and a whole queue is one key."
+    if policy.startswith("volatile"):
+        return f"{policy} spares a queue only as long as its key has no time to expire. One policy spares all keys."
+    if policy != "noeviction":
+        return f"there is no policy called {policy}."
+    if re.fullmatch(r"0\w*", settings["maxmemory"]):
+        return "for maxmemory, 0 means: no limit. The system would run out of memory before the broker refuses."
+    if not re.fullmatch(r"100mb?|104857600b?|100000000b?", settings["maxmemory"]):
+        return f"maxmemory should be 100 MB, and is {settings['maxmemory']}."
+    return None
+
+
+EXERCISES = {
+    "01b-1": Exercise(
+        kind=FunctionType,
+        judge=_rescues,
+        wrong={
+            "answer = lambda broker, wrong, right: broker.rename(wrong, right)": "in the right queue already is gone",
+            'answer = lambda broker, wrong, right: broker.lmove(wrong, right, "RIGHT", "LEFT")': "2 of the 3 messages",
+            "def answer(broker, wrong, right):\n"
+            '    while broker.lmove(wrong, right, "LEFT", "LEFT"):\n'
+            "        pass": "their order is not",
+            "def answer(broker, wrong, right):\n"
+            '    while broker.lmove(wrong, right, "RIGHT", "RIGHT"):\n'
+            "        pass": "jumped the queue",
+            "answer = lambda broker, wrong, right: broker.lpush(right, *broker.lrange(wrong, 0, -1))": "in both queues",
+            "answer = lambda broker, wrong, right: broker.delete(wrong)": "not all its messages",
+            "def answer(broker, wrong, right):\n"
+            "    while True:\n"
+            '        broker.lmove(wrong, right, "RIGHT", "LEFT")': "without end",
+        },
+    ),
+    "01b-2": Exercise(
+        kind=dict,
+        judge=_careful,
+        wrong={
+            'answer = {"appendonly": "yes", "maxmemory": "100mb", "maxmemory-policy": "allkeys-lru"}': "is one key",
+            'answer = {"appendonly": "yes", "maxmemory": "100mb", "maxmemory-policy": "volatile-lru"}': "spares a",
+            'answer = {"appendonly": "no", "maxmemory": "100mb", "maxmemory-policy": "noeviction"}': "knows nothing",
+            'answer = {"appendonly": "yes", "maxmemory": 0, "maxmemory-policy": "noeviction"}': "no limit",
+            'answer = {"appendonly": "yes", "maxmemory": "100mb"}': "maxmemory-policy is missing",
+        },
+    ),
+}

@@ -1,0 +1,82 @@
+"""The exercises of chapter 02."""
+
+import uuid
+from collections.abc import Callable
+
+from celery import Celery
+
+from course_tasks.exercises import Exercise
+
+
+def _time_to_live(answer: int) -> str | None:
+    if answer == -2:
+        return "-2 says that this server has no such key. Is it the backend that you asked, and is the key right?"
+    if answer > 86_000:
+        return "that is in milliseconds, or more than the worker's setting allows. Ask with ttl, which gives seconds."
+    if answer == 3600:
+        return "3600 is what the key began with, and some of that is over. Ask the backend what is left."
+    if not 0 < answer < 3600:
+        return f"{answer} can't be: the key began with 3600 seconds, and they run down."
+    return None
+
+
+def _looks_up(answer: Callable) -> str | None:
+    backend = Celery(set_as_current=False).backend
+    stored = [str(uuid.uuid4()) for _ in range(2)]
+    try:
+        for task_id, result in zip(stored, ([4, 5], 0), strict=True):
+            backend.store_result(task_id, result, "SUCCESS")
+        return _judged_lookup(answer, *stored)
+    finally:
+        for task_id in stored:
+            backend.forget(task_id)
+
+
+def _judged_lookup(answer: Callable, task_id: str, of_zero: str) -> str | None:
+    try:
+        found = answer(task_id)
+    except Exception as error:
+        return f"called with the id of a stored result it raised {type(error).__name__}: {error}"
+    if isinstance(found, bytes | str):
+        return "it returned the record as text. json.loads makes a dictionary of it."
+    if isinstance(found, dict):
+        return "it returned the whole record. The result is the value under 'result' in it."
+    if found is None:
+        return "it returned None for a result that is stored. Is the key made of celery-task-meta- and the id?"
+    if found != [4, 5]:
+        return f"the stored result is [4, 5], and it returned {found!r}."
+    try:
+        if (found := answer(str(uuid.uuid4()))) is not None:
+            return f"nothing is stored for an unknown id, and it returned {found!r}, not None."
+    except Exception as error:
+        return f"with an unknown id it raised {type(error).__name__}: nothing is stored then, so return None."
+    if answer(of_zero) != 0:
+        return "a task whose result is 0 has a result too, and it did not return that 0."
+    return None
+
+
+EXERCISES = {
+    "02-1": Exercise(
+        kind=int,
+        judge=_time_to_live,
+        wrong={
+            'answer = broker.ttl(f"celery-task-meta-{results[0].id}")': "this server has no such key",
+            'answer = backend.pttl(f"celery-task-meta-{results[0].id}")': "in milliseconds",
+            "answer = app.conf.result_expires": "what the key began with",
+            "answer = client.conf.result_expires": "to be of type int",
+        },
+    ),
+    "02-2": Exercise(
+        kind=Callable,
+        judge=_looks_up,
+        wrong={
+            'answer = lambda task_id: backend.get(f"celery-task-meta-{task_id}")': "the record as text",
+            'answer = lambda task_id: json.loads(backend.get(f"celery-task-meta-{task_id}"))': "the whole record",
+            'answer = lambda task_id: json.loads(backend.get(f"celery-task-meta-{task_id}"))["result"]': (
+                "with an unknown id it raised TypeError"
+            ),
+            "answer = lambda task_id: backend.get(task_id)": "for a result that is stored",
+            'answer = json.loads(backend.get(f"celery-task-meta-{results[0].id}"))["result"]': "to be of type Callable",
+        },
+    ),
+}
