@@ -12,15 +12,13 @@ from IPython import get_ipython
 from IPython.display import display
 from kombu.utils.url import maybe_sanitize_url
 from redis import Redis
-from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, ConnectionError, RedisError, TimeoutError
-from redis.retry import Retry
 
 from course_tasks.classroom import ClassroomError
 from course_tasks.classroom.terminal import BACKGROUND, FOREGROUND
 
 INTERVAL = 0.25  # seconds between two looks at the broker
-TIMEOUT = 2.0  # seconds until a broker that is silent counts as away
+TIMEOUT = 1.0  # seconds until a broker that is silent counts as away
 HISTORY = 30  # seconds of it in the pane, one block each
 ATTRIBUTED = 1000  # with more unacknowledged messages than that, their queues are not looked up
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -74,7 +72,6 @@ class BrokerView:
                 decode_responses=True,
                 socket_timeout=TIMEOUT,
                 socket_connect_timeout=TIMEOUT,
-                retry=Retry(NoBackoff(), 0),
             )
         except (ValueError, AttributeError, TypeError):
             raise ClassroomError(
