@@ -75,11 +75,20 @@ class Lab:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    lab = Lab(tmp_path_factory.mktemp("lab"))
-    yield lab
-    lab.process.kill()
-    lab.process.wait()
+def labs():
+    labs = []
+    yield labs
+    for lab in labs:
+        lab.process.kill()
+        lab.process.wait()
+
+
+@pytest.fixture
+def lab(labs, tmp_path_factory):
+    """A running JupyterLab: the one there is, if the test before has not closed it."""
+    if not labs or labs[-1].process.poll() is not None:
+        labs.append(Lab(tmp_path_factory.mktemp("lab")))
+    return labs[-1]
 
 
 @pytest.fixture(scope="module")
