@@ -24,6 +24,9 @@ from course_tasks import record, servers
 from course_tasks.classroom.terminal import READY, plain, prepared
 
 ROUNDS = 2  # of what takes seconds; the best counts, as the others have met somebody else's work
+# A green pool that has waited takes longer to stop than one that has only just started. And a worker hears of its stop
+# once a second, when it looks for messages: half a second between is what a chapter's worker meets on average.
+IDLE = 3.5
 WORKER = "python -m celery -A course_tasks worker --loglevel=INFO --pool=solo"
 FIRST_RESULT = """
 from course_tasks.celery import app
@@ -185,8 +188,8 @@ def floor(path: Path) -> float:
     """Seconds that no test of the notebook can do without.
 
     The start of a kernel, the start and the stop of each of its terminal cells' commands in a bare shell, and the
-    waits that it is about, declared as tags (`wait-2` for two seconds). A worker is stopped after 3 s, which do not
-    count: a green pool that has waited takes longer to stop than one that has only just started.
+    waits that it is about, declared as tags (`wait-2` for two seconds). A worker is stopped after IDLE seconds, which
+    do not count.
     """
     notebook = nbformat.read(path, as_version=4)
     start = time.monotonic()
@@ -224,7 +227,7 @@ def stopped(running: dict[str, subprocess.Popen], names: list[str], kill: bool =
     """Stop those of the processes that still run, together; the seconds that it took."""
     ending = [running.pop(name) for name in names if name in running]
     if ending and not kill:
-        time.sleep(3)
+        time.sleep(IDLE)
     start = time.monotonic()
     for process in ending:
         process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
