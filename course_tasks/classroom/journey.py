@@ -20,6 +20,7 @@ from course_tasks.classroom import ClassroomError
 WAIT = 5.0  # seconds that the end of the block waits for the task's last event
 ANSWER = 1.5  # seconds in which workers have to answer; one that is busy in the solo pool can't
 LISTEN = 5.0  # seconds in which our own listening has to work
+LEAVE = 1.0  # seconds in which it has to end; it looks ten times a second whether it should
 WHEN = itemgetter("timestamp")
 RETRY = re.compile(r"^Retry\(Retry\(\.\.\.\), (.*), [^,]*\)$")  # an event's text around a task's own error
 FINAL = {"succeeded", "failed", "revoked", "rejected"}
@@ -88,7 +89,8 @@ class Journey:
                 if connection.transport.driver_type != "redis":
                     raise ClassroomError(f"Journey needs a Redis or Valkey broker. This is {connection.as_uri()}.")
                 connection.ensure_connection(max_retries=1, interval_start=0.2, timeout=LISTEN)
-                threading.Thread(target=self._listen, args=[self._over], name="journey", daemon=True).start()
+                self._thread = threading.Thread(target=self._listen, args=[self._over], name="journey", daemon=True)
+                self._thread.start()
                 self._find_itself()
                 self._wake(connection.default_channel)
         except BaseException as error:
@@ -106,6 +108,9 @@ class Journey:
                 self._finish()
         finally:
             self._over.set()
+            # kombu's channels share a dictionary of queues: one that closes while another begins to listen may fail,
+            # and leave its connections open
+            self._thread.join(LEAVE)
         if len(self._sent) != 1 and kind is None:
             raise ClassroomError(self._trouble())
 

@@ -26,6 +26,7 @@ READY = r" ready\.$|Ready to accept connections|\. maxinterval -> |Application s
 DONE = r"\] (succeeded in|raised (un)?expected|ignored|rejected|INTERNAL ERROR)|Discarding revoked task|Terminat"
 KEPT, SHOWN = 20_000, 300  # lines kept for %tail, lines in the pane
 INTERVAL = 0.15  # seconds between two updates of a pane: smooth to the eye, light for the browser
+FORCED = ("FORCE_COLOR", "CLICOLOR_FORCE")
 ANSI = re.compile(r"\x1b\[([0-9;?]*)([@-~])|\x1b\][^\x07]*\x07")
 # Foregrounds with a contrast of at least 5:1 on the pane's background, which is dark in both themes.
 BACKGROUND, FOREGROUND = "#1b1d23", "#e4e6eb"
@@ -51,7 +52,9 @@ class Terminal:
         self.ordered: str | None = None  # the end that was asked for
         self.changed = threading.Condition()
         script, group = prepared(self.command)
-        environment = {**os.environ, "TERM": "xterm-256color"}
+        # ipykernel asks programs for colours even in a pipe; in a terminal they see for themselves
+        environment = {name: value for name, value in os.environ.items() if name not in FORCED}
+        environment["TERM"] = "xterm-256color"
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
         self.process = subprocess.Popen(
             [sys.executable, "-I", SUPERVISOR, script, "group" if group else "single"],

@@ -138,6 +138,7 @@ def gone(client: Celery, name: str, *args, get: bool = True, wait: float = 5, **
         result = client.send_task(name, args, **options)
         if get:
             result.get(timeout=20, propagate=False)
+    assert not journeys(), "it listens no more when the block has ended"
     return journey
 
 

@@ -272,3 +272,8 @@ def test_a_command_that_ends_leaves_none_of_its_children(kernel, mark):
     [pane] = kernel.run(f"%%terminal one --ready never\n{background}sleep 0.5")
     assert pane["data"]["text/plain"].startswith("one: finished")
     assert gone(mark, 2)
+
+
+def test_colours_are_not_forced_on_a_program_in_a_pipe(kernel):
+    [pane] = kernel.run("%%terminal colours\nenv | grep -c -e FORCE_COLOR -e CLICOLOR_FORCE || true")
+    assert pane["data"]["text/plain"].splitlines()[-1] == "0"
