@@ -247,8 +247,9 @@ def test_a_task_that_no_worker_knows_has_failed(workers, client):
 
 
 def test_a_revoked_task_is_not_waited_for(workers, client):
-    with Journey(client) as journey:
-        result = client.send_task("add", (1, 2), countdown=0.3)
+    with Journey(client) as journey, Redis.from_url(os.environ["CELERY_BROKER_URL"]) as server:
+        result = client.send_task("add", (1, 2), countdown=1)
+        until(lambda: server.hlen("unacked"), "the worker has it")  # revoked before, it would not be received
         result.revoke()
         start = time.monotonic()
     assert time.monotonic() - start < 3
