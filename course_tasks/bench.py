@@ -25,8 +25,8 @@ from course_tasks.classroom.terminal import READY, plain, prepared
 
 ROUNDS = 2  # of what takes seconds; the best counts, as the others have met somebody else's work
 # A green pool that has waited takes longer to stop than one that has only just started. And a worker hears of its stop
-# once a second, when it looks for messages: half a second between is what a chapter's worker meets on average.
-IDLE = 3.5
+# when its look for messages ends, which takes a second: a chapter stops it after a task, when that has just begun.
+IDLE = 3.2
 WORKER = "python -m celery -A course_tasks worker --loglevel=INFO --pool=solo"
 FIRST_RESULT = """
 from course_tasks.celery import app
