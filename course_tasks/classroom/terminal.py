@@ -7,6 +7,7 @@ import html
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -190,6 +191,22 @@ def _style(codes: str, style: str) -> str:
     return style
 
 
+@contextlib.contextmanager
+def _uninterrupted():
+    """Hold an interrupt back until the block is done: what is half started can't be ended."""
+    if threading.current_thread() is not threading.main_thread():  # a subshell's, which no interrupt reaches
+        yield
+        return
+    held = []
+    usual = signal.signal(signal.SIGINT, lambda *_: held.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if held:
+        raise KeyboardInterrupt
+
+
 def _last(terminal: Terminal, lines: int = 12) -> str:
     """The end of a log, for a message."""
     log = [plain(line) for line in terminal.lines()[-lines:]]
@@ -243,8 +260,9 @@ class TerminalMagics(Magics):
             ready = re.compile(options.ready.strip("\"'"))
         except re.error as error:
             raise ClassroomError(f"--ready takes a regular expression, and this is none: {error}.") from None
-        terminal = self.terminals[options.name] = Terminal(options.name, cell, ready)
         try:
+            with _uninterrupted():
+                terminal = self.terminals[options.name] = Terminal(options.name, cell, ready)
             over = terminal.wait(lambda: terminal.ready_at is not None or not terminal.running, options.timeout)
         except KeyboardInterrupt:
             self._end([terminal], b"k", 10)

@@ -216,7 +216,15 @@ def test_a_warm_stop_that_takes_too_long_is_said_so_and_kill_helps(kernel, mark)
     assert kernel.text("%kill one") == "one: killed\n"
 
 
-def test_interrupting_a_start_stops_it(kernel, mark):
+HALF_STARTED = """import time
+from course_tasks.classroom.terminal import Terminal
+started = Terminal.__init__
+Terminal.__init__ = lambda *given: (started(*given), time.sleep(2))[0]"""
+
+
+@pytest.mark.parametrize("before", ["", HALF_STARTED], ids=["waiting", "half started"])
+def test_interrupting_a_start_stops_it(kernel, mark, before):
+    kernel.run(before)
     kernel.run(cell(mark, "%%terminal one --ready never"), wait=False)
     until(lambda: processes(mark), "the command runs")
     kernel.manager.interrupt_kernel()
