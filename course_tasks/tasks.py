@@ -70,3 +70,33 @@ def whereami(seconds: float = 0) -> dict[str, int | str]:
     """Take ``seconds`` seconds, and return who ran this: ``pid``, ``parent_pid`` and the ``thread``'s name."""
     time.sleep(seconds)
     return {"pid": os.getpid(), "parent_pid": os.getppid(), "thread": threading.current_thread().name}
+
+
+@app.task(name="wait")
+def wait(seconds: float) -> dict[str, float | int | str]:
+    """Do nothing for ``seconds`` seconds, as a task does that waits for an answer from the network.
+
+    Returns who ran it and when: see `_span`.
+    """
+    start = time.time()
+    time.sleep(seconds)
+    return _span(seconds, start)
+
+
+@app.task(name="compute")
+def compute(seconds: float) -> dict[str, float | int | str]:
+    """Use up ``seconds`` seconds of a processor's time, however long that takes on a busy machine.
+
+    Returns who ran it and when: see `_span`.
+    """
+    start, end = time.time(), time.thread_time() + seconds
+    while time.thread_time() < end:
+        sum(range(1000))
+    return _span(seconds, start)
+
+
+def _span(seconds: float, start: float) -> dict[str, float | int | str]:
+    """Who ran a task (``pid``, and the ``thread``'s name), from when to when (``start`` and ``end``, in seconds since
+    the Epoch), and the ``seconds`` that it was asked for."""
+    thread = threading.current_thread().name
+    return {"pid": os.getpid(), "thread": thread, "start": start, "end": time.time(), "seconds": seconds}

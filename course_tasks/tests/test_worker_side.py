@@ -24,7 +24,7 @@ from course_tasks.tests.plugin import until
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
-TASKS = ["add", "add_long", "count_to", "divide", "flaky", "notify", "whereami"]
+TASKS = ["add", "add_long", "compute", "count_to", "divide", "flaky", "notify", "wait", "whereami"]
 COMMAND = "python -m celery -A course_tasks worker --loglevel=INFO --pool="
 STARTS = {  # a worker: the folder it is started in, and the command
     "gevent": (ROOT, COMMAND + "gevent"),
