@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from pathlib import Path
 
 from celery.utils.log import get_task_logger
 
@@ -89,14 +90,22 @@ def compute(seconds: float) -> dict[str, float | int | str]:
 
     Returns who ran it and when: see `_span`.
     """
-    start, end = time.time(), time.thread_time() + seconds
+    start, line, end = time.time(), _in_line(), time.thread_time() + seconds
     while time.thread_time() < end:
         sum(range(1000))
-    return _span(seconds, start)
+    return _span(seconds, start, _in_line() - line)
 
 
-def _span(seconds: float, start: float) -> dict[str, float | int | str]:
+def _span(seconds: float, start: float, delayed: float = 0.0) -> dict[str, float | int | str]:
     """Who ran a task (``pid``, and the ``thread``'s name), from when to when (``start`` and ``end``, in seconds since
-    the Epoch), and the ``seconds`` that it was asked for."""
-    thread = threading.current_thread().name
-    return {"pid": os.getpid(), "thread": thread, "start": start, "end": time.time(), "seconds": seconds}
+    the Epoch), how long it was ``delayed`` as others had the processors, and the ``seconds`` that it was asked for."""
+    who = {"pid": os.getpid(), "thread": threading.current_thread().name}
+    return who | {"start": start, "end": time.time(), "delayed": delayed, "seconds": seconds}
+
+
+def _in_line() -> float:
+    """Seconds that this thread has been ready to run while others had the processors; 0 where no Linux tells it."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    except OSError:
+        return 0.0

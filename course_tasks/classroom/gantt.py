@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from course_tasks.classroom import ClassroomError
 
-FIELDS = {"pid", "thread", "start", "end", "seconds"}  # of what the tasks wait and compute return
+FIELDS = {"pid", "thread", "start", "end", "delayed", "seconds"}  # of what the tasks wait and compute return
 GREEN = ("Dummy-", "GreenThread-")  # how gevent and eventlet name the greenlet that each task gets
 WIDTH, LEFT, RIGHT = 760, 108, 14  # of the picture, of the column of names, and free at the right, in pixels
 ROW, TITLE, AXIS = 20, 26, 26  # heights: a slot's row (less where there are many), a panel's title, its axis
@@ -30,11 +30,14 @@ def wall(spans: Sequence[Span]) -> float:
 
 
 def speedup(spans: Sequence[Span]) -> float:
-    """How many times as fast as one after the other the tasks were: the seconds that they were asked for, over `wall`.
+    """How many times as fast as one after the other the tasks were.
 
-    At most the number of slots, as no task takes less than it was asked for; other work on the machine lowers it.
+    That is the seconds that they were asked for, over those from the first start to the last end; a delay by other
+    programs, which says nothing about the pool, is left out of the end. At most the number of slots, as no task takes
+    less than it was asked for.
     """
-    return sum(span["seconds"] for span in spans) / wall(spans)
+    end = max(span["end"] - span["delayed"] for span in spans)
+    return sum(span["seconds"] for span in spans) / (end - min(span["start"] for span in spans))
 
 
 def slots(spans: Sequence[Span]) -> dict[str, list[Span]]:

@@ -1,0 +1,78 @@
+"""The exercises of chapter 05."""
+
+from collections.abc import Callable
+
+from course_tasks.classroom.gantt import FIELDS, slots, speedup
+from course_tasks.exercises import Exercise
+
+# What the task wait returns in each pool, and the pid of the worker's main process.
+SEEN = {
+    "solo": (70, 70, ["MainThread", "MainThread"]),
+    "prefork": (70, 71, ["MainThread", "MainThread"]),
+    "threads": (70, 70, ["ThreadPoolExecutor-0_0", "ThreadPoolExecutor-0_1"]),
+    "gevent": (70, 70, ["Dummy-7", "Dummy-8"]),
+    "eventlet": (70, 70, ["GreenThread-7", "GreenThread-8"]),
+}
+
+
+def _fast(answer: list) -> str | None:
+    if not all(isinstance(value, dict) and value.keys() >= FIELDS for value in answer):
+        return "these are not what the tasks return. send collects that; a result has it after get()."
+    if [value["seconds"] for value in answer] != [0.5] * 8:
+        return f"these are {len(answer)} tasks of {sorted({value['seconds'] for value in answer})} s, not 8 of 0.5 s."
+    if any(value["end"] - value["start"] < 0.5 for value in answer):
+        return "a task here was faster than the 0.5 s that it was to wait: take what the tasks really return."
+    number, factor = len(slots(answer)), speedup(answer)
+    if factor >= 4:
+        return None
+    if number < 4:
+        return f"they were {factor:.1f} times as fast, on {number} slot{'s' * (number > 1)}. Who has more slots?"
+    return f"they were {factor:.1f} times as fast, on {number} slots. Send all of them before you wait for one."
+
+
+def _pool(answer: Callable) -> str | None:
+    for name, (main, pid, threads) in SEEN.items():
+        values = [
+            {"pid": pid, "thread": thread, "start": 1.0, "end": 2.0, "delayed": 0.0, "seconds": 1.0}
+            for thread in threads
+        ]
+        try:
+            said = answer(main, values)
+        except Exception as error:
+            return f"for tasks of {name} it raises {type(error).__name__}: {error}."
+        if said != name:
+            where = "the main process" if pid == main else "another process"
+            return f"it says {said!r} of tasks that ran in {where}, in threads called {threads}. That was {name}."
+    return None
+
+
+EXERCISES = {
+    "05-1": Exercise(
+        kind=list,
+        judge=_fast,
+        wrong={
+            'answer = send("solo", "wait", 8, 0.5)': "on 1 slot.",
+            'answer = send("prefork", "wait", 8, 0.5)': "on 2 slots. Who",
+            'answer = send("gevent", "wait", 8, 0.1)': "8 tasks of [0.1] s",
+            'answer = send("gevent", "compute", 8, 0.5)': "on 1 slot. Who has more",
+            'answer = [client.send_task("wait", args=(0.5,), queue="gevent", ignore_result=True) for _ in range(8)]': (
+                "not what the tasks return"
+            ),
+        },
+    ),
+    "05-2": Exercise(
+        kind=Callable,
+        judge=_pool,
+        wrong={
+            "answer = lambda main, values: 'solo' if values[0]['thread'] == 'MainThread' else 'threads'": (
+                "That was prefork"
+            ),
+            "answer = lambda main, values: 'prefork' if values[0]['pid'] != main else 'gevent'": "That was solo",
+            "def answer(main, values):\n"
+            "    if values[0]['pid'] != main:\n"
+            "        return 'prefork'\n"
+            "    return 'solo' if values[0]['thread'] == 'MainThread' else 'threads'": "That was gevent",
+            "answer = 'prefork'": "to be of type Callable",
+        },
+    ),
+}
