@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 import xml.etree.ElementTree as ElementTree
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +31,28 @@ WORKER = "python -m celery -A course_tasks worker --loglevel=INFO --pool=solo"
 FIRST_RESULT = """
 from course_tasks.celery import app
 assert app.send_task("add", args=(4, 5)).get(timeout=30) == 9
+"""
+
+# An app whose messages carry correlation ids, or not, and a client that measures the way to its worker and back.
+SHOP = """
+import os, sys, time
+from celery import Celery
+app = Celery("shop")
+if os.environ["IDS"] == "on":
+    from course_tasks.correlation import correlation_id, install
+    install(app)
+    correlation_id.set("bench")
+
+@app.task(name="add")
+def add(x, y):
+    return x + y
+
+if __name__ == "__main__":
+    for trips in (100, 400):
+        start = time.perf_counter()
+        for _ in range(trips):
+            app.send_task("add", (4, 5), queue=os.environ["IDS"]).get(timeout=30)
+    print(time.perf_counter() - start)
 """
 
 
@@ -61,15 +83,17 @@ def main(arguments: list[str]) -> int:
         for path in sorted(record.NOTEBOOKS.glob("*.ipynb")):
             base, took = best(partial(floor, path), partial(tested, path, Path(directory, "report.xml")))
             report(f"test of {path.stem}", took, base, "1.25 x", took < 1.25 * base)
+        base, took = correlated(Path(directory))
+        report("round trips with correlation ids", took, base, "1.05 x", took < 1.05 * base)
         size = memory(pair)
         met.append(size < 30)
         print(f"{'both servers':<34}{size:7.1f} MB{'':<22}{'30 MB':<14}{'yes' if met[-1] else 'NO'}")
     return 0 if all(met) else 1
 
 
-def best(*measures) -> list[float]:
+def best(*measures, rounds: int = ROUNDS) -> list[float]:
     """The shortest of several rounds of each measure, taken in turns, in seconds."""
-    return [min(times) for times in zip(*([measure() for measure in measures] for _ in range(ROUNDS)), strict=True)]
+    return [min(times) for times in zip(*([measure() for measure in measures] for _ in range(rounds)), strict=True)]
 
 
 @contextmanager
@@ -241,6 +265,24 @@ def tested(path: Path, report: Path) -> float:
     command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", path]
     subprocess.run(command, cwd=record.ROOT, check=True, stdout=subprocess.DEVNULL)
     return sum(float(case.get("time")) for case in ElementTree.parse(report).iter("testcase"))
+
+
+def correlated(directory: Path) -> list[float]:
+    """Seconds that 400 round trips take without correlation ids and with them, each with a worker of its own."""
+    Path(directory, "shop.py").write_text(SHOP)
+    with ExitStack() as workers:
+
+        def trips(ids: str) -> float:
+            command = [sys.executable, "shop.py"]
+            options = {"cwd": directory, "env": environments[ids], "stdout": subprocess.PIPE, "check": True}
+            return float(subprocess.run(command, **options).stdout)
+
+        environments = {ids: {**os.environ, "IDS": ids, "PYTHONPATH": str(record.ROOT)} for ids in ("off", "on")}
+        for ids, environment in environments.items():
+            options = ["--pool=threads", "-c", "1", "-Q", ids, "-n", f"{ids}@%h", "--without-mingle", "--loglevel=INFO"]
+            worker = [sys.executable, "-m", "celery", "-A", "shop", "worker", *options]
+            workers.enter_context(process(*worker, cwd=directory, env=environment, stdout=subprocess.DEVNULL))
+        return best(*(partial(trips, ids) for ids in environments), rounds=6)
 
 
 def memory(pair: servers.Pair) -> float:

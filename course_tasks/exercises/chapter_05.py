@@ -55,9 +55,9 @@ EXERCISES = {
             'answer = send("prefork", "wait", 8, 0.5)': "on 2 slots. Who",
             'answer = send("gevent", "wait", 8, 0.1)': "8 tasks of [0.1] s",
             'answer = send("gevent", "compute", 8, 0.5)': "on 1 slot. Who has more",
-            'answer = [client.send_task("wait", args=(0.5,), queue="gevent", ignore_result=True) for _ in range(8)]': (
-                "not what the tasks return"
-            ),
+            'answer = [client.send_task("wait", args=(0.5,), queue="gevent") for _ in range(8)]\n'
+            "for result in answer:\n"
+            "    result.get(timeout=60)": ("not what the tasks return"),
         },
     ),
     "05-2": Exercise(
