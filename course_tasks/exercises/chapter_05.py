@@ -20,7 +20,7 @@ def _fast(answer: list) -> str | None:
         return "these are not what the tasks return. send collects that; a result has it after get()."
     if [value["seconds"] for value in answer] != [0.5] * 8:
         return f"these are {len(answer)} tasks of {sorted({value['seconds'] for value in answer})} s, not 8 of 0.5 s."
-    if any(value["end"] - value["start"] < 0.5 for value in answer):
+    if any(value["end"] - value["start"] < 0.49 for value in answer):  # the two clocks may differ a little
         return "a task here was faster than the 0.5 s that it was to wait: take what the tasks really return."
     number, factor = len(slots(answer)), speedup(answer)
     if factor >= 4:

@@ -54,8 +54,8 @@ def test_the_text_says_how_long_and_how_fast():
 
 def test_real_tasks_are_measured_by_their_own_clocks():
     values = [wait(0.2), compute(0.1)]
-    assert all(value["end"] - value["start"] >= value["seconds"] for value in values)
-    assert wall(values) >= 0.3 and speedup(values) <= 1
+    assert all(value["end"] - value["start"] > 0.95 * value["seconds"] for value in values)  # by another clock
+    assert wall(values) > 0.95 * 0.3 and speedup(values) < 1.05
     assert values[0]["delayed"] == 0 <= values[1]["delayed"] <= values[1]["end"] - values[1]["start"]
 
 
