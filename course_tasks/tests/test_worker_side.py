@@ -125,7 +125,7 @@ def test_add_long_is_started_before_it_is_done(workers):
     states = []
     result = workers["threads"].send("add_long", 4, 5, kwargs={"seconds": 0.3})
     assert result.get(timeout=TIMEOUT, on_message=lambda message: states.append(message["status"])) == 9
-    assert states == ["STARTED", "SUCCESS"]
+    assert list(dict.fromkeys(states)) == ["STARTED", "SUCCESS"]  # the client may hear of one twice
     workers["threads"].logged(rf"^\[[\d:]+ INFO\] add_long\[{result.id[:8]}\]: adding 4 and 5 ")
 
 
