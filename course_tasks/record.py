@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 SANITIZE = Path(__file__).with_name("tests") / "sanitize.cfg"
 CELL_TIMEOUT = 120  # seconds; far above what any cell takes
-NOT_COMPARED = ("image/png", "image/jpeg", "application/vnd.jupyter.widget-view+json")  # as nbval has it
+WIDGET = "application/vnd.jupyter.widget-view+json"
+NOT_COMPARED = ("image/png", "image/jpeg", WIDGET)  # as nbval has it
 
 
 @contextmanager
@@ -85,13 +86,17 @@ def executing(notebook: nbformat.NotebookNode, **settings):
 
 
 def comparable(cell: nbformat.NotebookNode) -> list:
-    """What nbval compares of a code cell's outputs, sanitised as it does."""
+    """What nbval compares of a code cell's outputs, sanitised as it does.
+
+    Where it is told to compare nothing, the order of lines may differ: those of a log, say, of tasks that overlap.
+    """
+    unordered = "nbval-ignore-output" in cell.metadata.get("tags", [])
     patterns = get_sanitize_patterns(SANITIZE.read_text())
 
     def sanitised(value):
         for pattern, replacement in patterns if isinstance(value, str) else ():
             value = re.sub(pattern, replacement, value)
-        return value
+        return sorted(value.splitlines()) if unordered and isinstance(value, str) else value
 
     found = []
     for output in coalesce_streams([nbformat.from_dict(output) for output in cell.outputs]) or []:
@@ -147,6 +152,7 @@ def record(path: Path) -> list[int]:
         else:
             new.append(number)
         for output in cell.outputs:
+            output.get("data", {}).pop(WIDGET, None)  # without its kernel it is an error message
             if output.output_type == "execute_result":
                 output.execution_count = number
     notebook.metadata = unrun.metadata

@@ -45,7 +45,7 @@ def tagged(path: Path) -> dict[str, nbformat.NotebookNode]:
     found = {}
     for cell in nbformat.read(path, as_version=4).cells:
         for tag in cell.metadata.get("tags", []):
-            assert tag.startswith(("raises-", "wait-")) or tag not in found, f"two cells are tagged {tag}"
+            assert tag.startswith(("raises-", "wait-", "nbval-")) or tag not in found, f"two cells are tagged {tag}"
             found[tag] = cell
     return found
 
