@@ -3,7 +3,7 @@
 import base64
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from course_tasks.classroom import ClassroomError
 
@@ -70,32 +70,34 @@ class Gantt:
     Args:
         panels: by their titles, lists of what the tasks `wait` and `compute` return.
         columns: how many panels stand side by side.
+        factor: what says how fast a list of tasks was.
 
     Raises:
         ClassroomError: a panel has no tasks, or something else than what these tasks return.
     """
 
-    def __init__(self, panels: dict[str, Sequence[Span]], columns: int = 1):
+    def __init__(
+        self,
+        panels: dict[str, Sequence[Span]],
+        columns: int = 1,
+        factor: Callable[[Sequence[Span]], float] = speedup,
+    ):
         for title, spans in panels.items():
             if not spans or not all(isinstance(span, dict) and span.keys() >= FIELDS for span in spans):
                 raise ClassroomError(f"Gantt takes lists of what wait and compute return. {title!r} is no such list.")
         if not panels:
             raise ClassroomError('Gantt takes a dictionary of at least one panel, as in Gantt({"gevent": values}).')
-        self.panels, self.columns = panels, columns
+        self.panels, self.columns, self.factor = panels, columns, factor
 
     def __repr__(self) -> str:
-        return "\n".join(f"{title}: {_summary(spans)}" for title, spans in self.panels.items())
+        return "\n".join(f"{title}: {self._summary(spans)}" for title, spans in self.panels.items())
 
     def _repr_html_(self) -> str:
-        alt = "When each task ran, on which slot: " + "; ".join(repr(self).splitlines())
-        picture = base64.b64encode(self.svg().encode()).decode()
-        return f'<img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{picture}" width="{WIDTH}">'
+        return image("When each task ran, on which slot: " + "; ".join(repr(self).splitlines()), self.svg())
 
     def svg(self) -> str:
         """The picture as SVG."""
         longest = max(map(wall, self.panels.values()))
-        step = 10.0 ** math.floor(math.log10(longest))
-        step *= next(part for part in (0.2, 0.5, 1, 2, 5) if longest / (step * part) <= TICKS)
         wide, drawn, top = WIDTH / self.columns, [], 0
         titles = list(self.panels)
         for first in range(0, len(titles), self.columns):
@@ -104,20 +106,17 @@ class Gantt:
             height = ROW if rows <= 12 else max(6, 12 * ROW // rows)
             for column, title in enumerate(together):
                 drawn.append(f'<g transform="translate({column * wide:.1f} {top})">')
-                drawn += self._panel(title, wide, height, longest, step)
+                drawn += self._panel(title, wide, height, longest)
                 drawn.append("</g>")
             top += TITLE + rows * height + AXIS
-        return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top}" width="{WIDTH}" height="{top}">'
-            f"<style>{STYLE}</style>{''.join(drawn)}</svg>"
-        )
+        return framed(drawn, top)
 
-    def _panel(self, title: str, wide: float, height: float, longest: float, step: float) -> list[str]:
+    def _panel(self, title: str, wide: float, height: float, longest: float) -> list[str]:
         spans = self.panels[title]
         begin, rows = min(span["start"] for span in spans), slots(spans)
         scale = (wide - LEFT - RIGHT) / longest
         bottom = TITLE + len(rows) * height
-        figures = f"{wall(spans):.2f} s, {speedup(spans):.1f} x"
+        figures = f"{wall(spans):.2f} s, {self.factor(spans):.1f} x"
         drawn = [
             f'<text class="name" x="4" y="17">{html.escape(title)}</text>',
             f'<text x="{wide - RIGHT:.1f}" y="17" text-anchor="end">{figures}</text>',
@@ -135,14 +134,34 @@ class Gantt:
                     f'<rect class="bar" x="{LEFT + (span["start"] - begin) * scale:.1f}" y="{y + 2:.1f}" rx="2" '
                     f'width="{max((span["end"] - span["start"]) * scale, 1):.1f}" height="{height - 4:.1f}"/>'
                 )
-        for at in (number * step for number in range(int(longest / step) + 1)):
-            x = LEFT + at * scale
-            drawn.append(f'<path class="grid" d="M{x:.1f} {TITLE}V{bottom + 4:.1f}"/>')
-            drawn.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 17:.1f}">{at:.6g} s</text>')
-        return drawn
+        return drawn + axis(longest, scale, bottom)
+
+    def _summary(self, spans: Sequence[Span]) -> str:
+        number = len(slots(spans))
+        kind = f"{len(spans)} task{'s' * (len(spans) > 1)} on {number} slot{'s' * (number > 1)}"
+        return f"{kind} took {wall(spans):.2f} s, {self.factor(spans):.1f} x as fast as one after the other"
 
 
-def _summary(spans: Sequence[Span]) -> str:
-    number = len(slots(spans))
-    kind = f"{len(spans)} task{'s' * (len(spans) > 1)} on {number} slot{'s' * (number > 1)}"
-    return f"{kind} took {wall(spans):.2f} s, {speedup(spans):.1f} x as fast as one after the other"
+def axis(longest: float, scale: float, bottom: float, left: float = LEFT) -> list[str]:
+    """Ticks with their seconds, `scale` pixels each, below `bottom`, and a line up from each."""
+    step, drawn = 10.0 ** math.floor(math.log10(longest)), []
+    step *= next(part for part in (0.2, 0.5, 1, 2, 5) if longest / (step * part) <= TICKS)
+    for at in (number * step for number in range(int(longest / step) + 1)):
+        x = left + at * scale
+        drawn.append(f'<path class="grid" d="M{x:.1f} {TITLE}V{bottom + 4:.1f}"/>')
+        drawn.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 17:.1f}">{at:.6g} s</text>')
+    return drawn
+
+
+def framed(drawn: list[str], height: float, style: str = STYLE) -> str:
+    """The whole picture, of what was drawn."""
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}">'
+        f"<style>{style}</style>{''.join(drawn)}</svg>"
+    )
+
+
+def image(alt: str, picture: str) -> str:
+    """The picture as HTML that shows in a notebook that is not trusted yet, and follows the theme."""
+    data = base64.b64encode(picture.encode()).decode()
+    return f'<img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{data}" width="{WIDTH}">'

@@ -66,6 +66,12 @@ def test_a_delay_by_others_is_left_out_of_the_speed_up():
     assert wall(late) == 4
 
 
+def test_what_a_speed_up_is_may_be_chosen():
+    chart = Gantt({"a": [span()]}, factor=lambda spans: 7.25)
+    assert repr(chart) == "a: 1 task on 1 slot took 1.00 s, 7.2 x as fast as one after the other"
+    assert "1.00 s, 7.2 x" in [text.text for text in drawn(chart).iter()]
+
+
 def test_all_panels_have_one_scale_and_begin_with_their_first_task():
     chart = Gantt({"long": [span(start=5, seconds=2)], "short": [span(FIRST)]}, columns=2)
     long, short = rects(chart, "bar")
