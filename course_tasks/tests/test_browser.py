@@ -238,3 +238,89 @@ def test_run_all_in_the_browser(page, lab, name):
             break
     assert pictures
     assert panes and all(re.search(": (stopped|finished|killed)$", title) for title in panes), panes
+
+
+EXPERIMENT = """%load_ext course_tasks.classroom
+%servers
+from course_tasks.classroom.live import Experiment
+Experiment()"""
+# keeps what the status line says and counts the page's ticks; to be read from `window`
+WATCH = """status => {
+    window.said = []; window.ticks = 0; setInterval(() => window.ticks++, 50);
+    new MutationObserver(() => window.said.push(status.textContent)).observe(status, {childList: true, subtree: true});
+}"""
+FOCUSED = """() => {
+    const it = document.activeElement;
+    return it.labels?.length ? it.labels[0].textContent : it.tagName === "BUTTON" ? it.textContent : "";
+}"""
+CONTRAST = """element => {
+    const light = colour => colour.match(/[\\d.]+/g).slice(0, 3).map(part => part / 255)
+        .map(part => part <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, part, at) => sum + part * [0.2126, 0.7152, 0.0722][at], 0.05);
+    let ground = element;
+    while (/rgba\\(.*, 0\\)/.test(getComputedStyle(ground).backgroundColor)) ground = ground.parentElement;
+    const pair = [getComputedStyle(element).color, getComputedStyle(ground).backgroundColor].map(light);
+    return Math.max(...pair) / Math.min(...pair);
+}"""
+
+
+def tab_to(page: api.Page, name: str) -> None:
+    """Press Tab until the control of this name has the focus."""
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        if page.evaluate(FOCUSED) == name:
+            return
+    raise AssertionError(f"Tab does not come to {name}")
+
+
+@pytest.mark.parametrize("page", [("light", WELCOME), ("dark", WELCOME)], ids=["light", "dark"], indirect=True)
+def test_an_experiment_is_done_with_the_keyboard_alone(page, lab):
+    page.locator(".jp-Notebook .jp-Cell").first.click()
+    page.keyboard.press("Escape")
+    page.keyboard.press("b")
+    page.keyboard.press("Enter")
+    page.keyboard.insert_text(EXPERIMENT)
+    page.keyboard.press("Control+Enter")
+    status = page.locator(".jp-Notebook [role=status]")
+    api.expect(status).to_have_text("Chosen: 10 x wait for 0.2 s, on threads with concurrency 4.", timeout=WAIT)
+    place = re.search(r"Cell \d+/\d+", page.locator("#jp-main-statusbar").text_content())[0]
+    tab_to(page, "prefork")
+    page.keyboard.press("Enter")
+    tab_to(page, "wait")
+    tab_to(page, "Concurrency")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    tab_to(page, "Tasks")
+    page.keyboard.press("Control+a")
+    page.keyboard.type("8")
+    tab_to(page, "Seconds each")
+    page.keyboard.press("Control+a")
+    page.keyboard.type("0.5")
+    tab_to(page, "Run")
+    api.expect(status).to_have_text("Chosen: 8 x wait for 0.5 s, on prefork with concurrency 2.", timeout=WAIT)
+    status.locator("xpath=../..").evaluate(WATCH)
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => window.said.some(line => /[1-6] of 8 tasks done/.test(line))")
+    ticks = page.evaluate("() => window.ticks")
+    assert ticks >= 10, "the page is not frozen"
+    page.keyboard.press("Enter")
+    over = re.compile(r"^Run 1 is over: \d\.\d\d s, [12]\.\d x, slots used: 2\.$")
+    api.expect(status).to_have_text(over, timeout=WAIT)
+    said = page.evaluate("() => window.said")
+    assert any("A run is going on. Wait for its end." in line for line in said), said
+    assert len({line for line in said if "of 8 tasks done" in line}) >= 3, "the progress is shown"
+    assert page.evaluate("() => window.ticks") > ticks
+    assert page.evaluate(FOCUSED) == "Run", "the focus stays where it was"
+    page.keyboard.press("Space")
+    api.expect(status).to_contain_text("Run 2 is over", timeout=WAIT)
+    picture = page.locator("img[alt*='2: prefork -c 2, wait: 8 tasks on 2 slots']")
+    page.wait_for_function("image => image.complete && image.naturalWidth", arg=picture.element_handle())
+    api.expect(page.locator(".jp-Notebook .widget-html td").first).to_have_text("1")
+    assert page.locator(".jp-Notebook .widget-html tr").count() == 3
+    api.expect(page.locator(".jp-Notebook .widget-html pre")).to_contain_text("celery -A course_tasks worker")
+    for what in ("[role=status]", ".widget-html td", ".widget-html pre", ".widget-label", ".widget-button"):
+        contrast = page.locator(f".jp-Notebook {what}").first.evaluate(CONTRAST)
+        assert contrast > 4.5, (what, contrast)
+    for toggle in page.locator(".jp-Notebook .widget-toggle-button").all():
+        assert toggle.evaluate(CONTRAST) > 4.5, toggle.text_content()
+    api.expect(page.locator("#jp-main-statusbar")).to_contain_text(place)  # no key was a command of JupyterLab's
