@@ -1,0 +1,63 @@
+"""The exercises of chapter 06."""
+
+import math
+from collections.abc import Callable
+
+from course_tasks.classroom.gantt import FIELDS, slots
+from course_tasks.exercises import Exercise
+
+TASKS, ROUNDS, SECONDS = 24, 3, 0.3
+NUMBERS = [(8, 4), (10, 10), (11, 10), (9, 2), (3, 8), (7, 3), (0, 4)]  # of tasks and slots
+
+
+def _rounds(answer: Callable) -> str | None:
+    for tasks, number in NUMBERS:
+        try:
+            said = answer(tasks, number)
+        except Exception as error:
+            return f"for {tasks} tasks on {number} slots it raises {type(error).__name__}: {error}."
+        if said != (right := math.ceil(tasks / number)):
+            return f"it says {said!r} for {tasks} tasks on {number} slots. They take {right}."
+    return None
+
+
+def _three(answer: list) -> str | None:
+    if not all(isinstance(value, dict) and value.keys() >= FIELDS for value in answer):
+        return "these are not what the tasks return. send collects that; a result has it after get()."
+    if [value["seconds"] for value in answer] != [SECONDS] * TASKS:
+        asked = sorted({value["seconds"] for value in answer})
+        return f"these are {len(answer)} tasks of {asked} s, not {TASKS} of {SECONDS} s."
+    if any(value["end"] - value["start"] < 0.98 * SECONDS for value in answer):  # the two clocks may differ a little
+        return f"a task here was faster than the {SECONDS} s that it was to wait: take what the tasks really return."
+    number, fewest = len(slots(answer)), math.ceil(TASKS / ROUNDS)
+    if (took := math.ceil(TASKS / number)) != ROUNDS:
+        return f"{TASKS} tasks on {number} slot{'s' * (number > 1)} took {took} rounds. Which slots make it {ROUNDS}?"
+    return f"that were {ROUNDS} rounds, but on {number} slots. Fewer would do." if number > fewest else None
+
+
+EXERCISES = {
+    "06-1": Exercise(
+        kind=Callable,
+        judge=_rounds,
+        wrong={
+            "answer = lambda tasks, slots: tasks / slots": "it says 1.1 for 11 tasks",
+            "answer = lambda tasks, slots: tasks // slots": "it says 1 for 11 tasks",
+            "answer = lambda tasks, slots: tasks // slots + 1": "it says 3 for 8 tasks on 4",
+            "answer = lambda tasks, slots: round(tasks / slots)": "it says 1 for 11 tasks on 10 slots. They",
+            "answer = lambda tasks, slots: max(1, math.ceil(tasks / slots))": "it says 1 for 0 tasks",
+            "answer = 3": "to be of type Callable",
+        },
+    ),
+    "06-2": Exercise(
+        kind=list,
+        judge=_three,
+        wrong={
+            'answer = send("prefork", "wait", 24, 0.3)': "on 3 slots took 8 rounds",
+            'answer = send("gevent", "wait", 24, 0.3)': "on 10 slots. Fewer",
+            'answer = send("threads", "wait", 8, 0.3)': "these are 8 tasks",
+            'answer = [client.send_task("wait", args=(0.3,), queue="threads") for _ in range(24)]\n'
+            "for result in answer:\n"
+            "    result.get(timeout=60)": "not what the tasks return",
+        },
+    ),
+}
