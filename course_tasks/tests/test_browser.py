@@ -99,12 +99,18 @@ def browser():
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def context(browser):
+    """One for all tests, so that JupyterLab's scripts are loaded and compiled once."""
+    return browser.new_context(viewport={"width": 1300, "height": 1000})
+
+
 @pytest.fixture
-def page(browser, lab, request):
+def page(context, lab, request):
     """A chapter in the browser, by default 00 in the light theme; the parameter is (theme, name)."""
     theme, name = getattr(request, "param", ("light", WELCOME))
-    context = browser.new_context(color_scheme=theme, viewport={"width": 1300, "height": 1000})
     page = context.new_page()
+    page.emulate_media(color_scheme=theme)
     page.set_default_timeout(WAIT)
     page.goto(lab.url if name == WELCOME else re.sub(r"/lab[^?]*", f"/lab/tree/notebooks/{name}", lab.url) + "&reset")
     # the status bar: the indicator at the top says "idle" before there is a kernel too, and what is run then is lost
@@ -112,7 +118,7 @@ def page(browser, lab, request):
     yield page
     if folder := os.environ.get("COURSE_SCREENSHOTS"):  # to be looked at
         page.screenshot(path=Path(folder, f"{request.node.name}.png"))
-    context.close()
+    page.close()
 
 
 def status(page: api.Page):

@@ -1,15 +1,18 @@
 """The correlation id, in real workers of all five pools: every line of a log about a task has its request's id."""
 
+import ast
 import collections
 import contextlib
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
+import nbformat
 import pytest
 
-from course_tasks import record
+from course_tasks import correlation, record
 from course_tasks.correlation import HEADER, new_id
 from course_tasks.tests.plugin import until
 
@@ -273,3 +276,36 @@ app.send_task("a", headers={{"{HEADER}": "id-2"}})
 print(sent)
 """
     assert python(code) == "[None, 'id-1', 'id-2']"
+
+
+def definitions(code: str) -> dict[str, str]:
+    """Functions, classes and constants by their names, the last of each; no docstrings, type hints or comments."""
+    found = {}
+    for node in ast.parse(code).body:
+        for part in ast.walk(node):
+            if isinstance(part, ast.arg):
+                part.annotation = None
+            elif isinstance(part, ast.FunctionDef):
+                part.returns = None
+            if isinstance(part, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(part) is not None:
+                del part.body[0]
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = ast.dump(node)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            [target] = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found[target.id] = ast.dump(node.value)
+        else:
+            docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            assert docstring or isinstance(node, ast.Import | ast.ImportFrom), ast.unparse(node)
+    return found
+
+
+def test_what_a_learner_builds_is_the_course_s_own_code():
+    cells = nbformat.read(record.NOTEBOOKS / "07b_build_ids.ipynb", as_version=4).cells
+    written = [re.fullmatch(r"%%writefile (-a )?scratch/ids\.py\n(.*)", cell.source, re.DOTALL) for cell in cells]
+    parts = [found.groups() for found in written if found]
+    assert [append for append, _ in parts] == [None, *["-a "] * (len(parts) - 1)]
+    built = definitions("\n".join(part for _, part in parts))
+    ours = definitions(Path(correlation.__file__).read_text())
+    assert set(built) == set(ours)
+    assert {name: code for name, code in built.items() if code != ours[name]} == {}

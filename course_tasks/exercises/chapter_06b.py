@@ -1,0 +1,75 @@
+"""The exercises of chapter 06b."""
+
+from collections.abc import Callable
+
+from celery import Celery
+
+from course_tasks.exercises import Exercise
+
+# Slots, multiplier, acknowledged late: and how many messages have left the queue when all slots are busy.
+GONE = {(2, 4, False): 10, (1, 1, False): 2, (3, 4, False): 15, (4, 1, True): 4, (2, 4, True): 8, (5, 3, True): 15}
+QUEUES = {"report": "long", "thumbnail": "short", "mail": "short"}
+
+
+def _gone(answer: Callable) -> str | None:
+    for (slots, multiplier, late), number in GONE.items():
+        worker = f"{slots} slot{'s' * (slots > 1)}, multiplier {multiplier}, acknowledged {'late' if late else 'early'}"
+        try:
+            said = answer(slots, multiplier, late)
+        except Exception as error:
+            return f"for {worker} it raises {type(error).__name__}: {error}."
+        if said == number:
+            continue
+        if late:
+            why = "a task acknowledged late counts as unacknowledged while it runs: the limit includes it"
+        elif said == slots * multiplier:
+            why = f"that is the stock alone. The {slots} that run have left the queue too, acknowledged as they began"
+        else:
+            why = "the stock is so many for each slot, and those that run come on top"
+        return f"for {worker} it says {said!r}, and {number} are gone: {why}."
+    return None
+
+
+def _routes(answer: dict) -> str | None:
+    app = Celery("judge", set_as_current=False)
+    app.conf.task_routes = answer
+    for task, wanted in QUEUES.items():
+        try:
+            queue = app.amqp.router.route({}, task).get("queue")
+        except Exception as error:
+            return f"Celery can't read it: {type(error).__name__}: {error}."
+        name = queue.name if queue else app.conf.task_default_queue
+        if name == wanted:
+            continue
+        if name == app.conf.task_default_queue:
+            return f"nothing is said of {task}, so it goes to the default queue, {name}, which none of the two takes."
+        if name in QUEUES.values():
+            trouble = "holds up short ones" if name == "short" else "waits for long ones"
+            return f"{task} goes to {name}, where it {trouble}."
+        return f"{task} goes to {name}, and no worker here takes that queue."
+    return None
+
+
+EXERCISES = {
+    "06b-1": Exercise(
+        kind=Callable,
+        judge=_gone,
+        wrong={
+            "answer = lambda slots, multiplier, late: slots * multiplier": "that is the stock alone",
+            "answer = lambda slots, multiplier, late: slots * multiplier + slots": "the limit includes it",
+            "answer = lambda slots, multiplier, late: slots + multiplier": "so many for each slot",
+            "answer = lambda slots, multiplier: slots * multiplier": "it raises TypeError",
+        },
+    ),
+    "06b-2": Exercise(
+        kind=dict,
+        judge=_routes,
+        wrong={
+            'answer = {"report": {"queue": "long"}}': "nothing is said of thumbnail",
+            'answer = {task: {"queue": "short"} for task in ("report", "thumbnail", "mail")}': "holds up short ones",
+            'answer = {"report": {"queue": "long"}, "*": {"queue": "long"}}': "waits for long ones",
+            'answer = {"long": {"queue": "report"}, "short": {"queue": "mail"}}': "nothing is said of report",
+            'answer = {"report": {"queue": "slow"}, "*": {"queue": "short"}}': "report goes to slow, and",
+        },
+    ),
+}
