@@ -113,6 +113,8 @@ def _install(dev: bool, lock: int) -> None:
         usable = True
     else:
         usable = bool(old) and (old["venv"], old["python"]) == (new["venv"], new["python"])
+    if not usable and VENV.is_symlink():
+        raise Problem(f".venv is a link to {VENV.resolve()}, which others may use. Remove the link, and run this again")
     VENV.mkdir(exist_ok=True)
     STAMP.write_text("{}")
     if usable:

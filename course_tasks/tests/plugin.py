@@ -76,8 +76,27 @@ def pytest_xdist_make_scheduler(config, log) -> Scheduling:
     return Scheduling(config, log)
 
 
+# What takes longest comes first, so that no process is left with it at the end; of the chapters, the largest
+LONGEST = (
+    "test_launcher",
+    "test_run_all_by",
+    "test_run_all_in",
+    "test_browser",
+    "test_terminal",
+    "test_correlation",
+    "test_experiment",
+)
+
+
 def pytest_collection_modifyitems(items) -> None:
     """nbval waits 5 s for a cell's outputs after its end and has no option for it: a busy machine needs more."""
+    sizes = {path.stem: path.stat().st_size for path in record.NOTEBOOKS.glob("*.ipynb")}
+
+    def rank(item) -> tuple[int, int]:
+        place = next((at for at, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST))
+        return place, -sizes.get(re.sub(r".*\[(.*?)(\.ipynb)?\]$", r"\1", item.nodeid), 0)
+
+    items.sort(key=rank)
     for item in items:
         if isinstance(item, IPyNbCell):
             item.output_timeout = 60

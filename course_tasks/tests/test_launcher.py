@@ -283,6 +283,18 @@ def test_a_venv_made_by_hand_is_used_or_left_alone(installed):
     assert (installed.venv / "theirs").exists() and installed.works()
 
 
+def test_a_linked_venv_that_does_not_fit_is_left_alone(clone, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    stamp = '{"venv": "/another/.venv", "python": "3"}'
+    (elsewhere / "course.json").write_text(stamp)
+    (elsewhere / "lib").mkdir()
+    clone.venv.symlink_to(elsewhere)
+    code, out, err = clone.run("install")
+    assert (code, out) == (1, "") and LINE.fullmatch(err) and "Remove the link" in err
+    assert (elsewhere / "lib").exists() and clone.stamp.read_text() == stamp
+
+
 def test_a_moved_clone_gets_a_new_venv(installed):
     installed.move("anderswo, später")
     assert not installed.works()

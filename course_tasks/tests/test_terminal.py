@@ -231,7 +231,7 @@ def test_interrupting_a_start_stops_it(kernel, mark, before):
     while (found := kernel.message())["msg_type"] != "error":
         pass
     assert "Interrupted" in found["content"]["evalue"] and len(found["content"]["traceback"]) == 1
-    assert gone(mark, 5)
+    assert gone(mark, 20)
 
 
 def test_interrupting_another_cell_leaves_the_worker_alone(kernel, mark):
@@ -268,7 +268,7 @@ def test_no_end_of_the_kernel_leaves_anything_behind(kernel, mark, how, tmp_path
             process.kill()
     else:
         pytest.skip("only Linux ends a child with its parent")
-    assert gone(mark, 5)
+    assert gone(mark, 20)
     assert asked.exists() is (how != "supervisor"), "SIGTERM comes first"
 
 
