@@ -95,8 +95,7 @@ def pytest_collection_modifyitems(items) -> None:
     def rank(item) -> tuple[int, int]:
         place = next((at for at, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST))
         chapter = re.search(r"test_run_all_by\w+\[(.*)\]", item.nodeid)
-        # in the browser chapter 00 comes first: it is opened without a reset of what was open before
-        return place, -sizes[chapter[1]] if chapter else "test_run_all_in" in item.nodeid
+        return place, -sizes[chapter[1]] if chapter else 0
 
     items.sort(key=rank)
     for item in items:

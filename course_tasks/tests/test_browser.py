@@ -112,7 +112,8 @@ def page(context, lab, request):
     page = context.new_page()
     page.emulate_media(color_scheme=theme)
     page.set_default_timeout(WAIT)
-    page.goto(lab.url if name == WELCOME else re.sub(r"/lab[^?]*", f"/lab/tree/notebooks/{name}", lab.url) + "&reset")
+    url = lab.url if name == WELCOME else re.sub(r"/lab[^?]*", f"/lab/tree/notebooks/{name}", lab.url)
+    page.goto(url + "&reset")  # without what other tests have left open
     # the status bar: the indicator at the top says "idle" before there is a kernel too, and what is run then is lost
     api.expect(page.locator("#jp-main-statusbar")).to_contain_text("| Idle", timeout=WAIT)
     yield page
