@@ -228,7 +228,8 @@ def floor(path: Path) -> float:
             line, _, body = cell.source.partition("\n")
             magic, *words = shlex.split(line, comments=True) or [""]
             if magic == "%%writefile":
-                Path(folder, words[-1]).write_text(body)
+                with Path(folder, words[-1]).open("a" if "-a" in words else "w") as file:
+                    file.write(body)
             elif magic == "%%terminal":
                 seconds += stopped(running, words[:1])
                 for port in re.findall(r"\$\{(\w+):-\d+\}", body):  # where the chapter has a server of its own
