@@ -23,10 +23,12 @@ SHOP = """
 import os, time
 from celery import Celery, chain, chord, group
 from celery.utils.log import get_task_logger
-from course_tasks.correlation import correlation_id, install
+from course_tasks.correlation import TASK_FORMAT, correlation_id, install
 
 app = Celery("shop")
 install(app)
+# with whole ids: of so many tasks, two may begin with the same eight letters
+app.conf.worker_task_log_format = TASK_FORMAT.replace("%(task_id).8s", "%(task_id)s")
 logger = get_task_logger(__name__)
 
 @app.task(name="step")
@@ -80,7 +82,7 @@ def order():
     return correlation_id.get()
 """
 TASKS = 1 + 1 + 2 + 1 + 2 + 2 + 3 + 2 + 1  # messages an order causes: two for a retry, one for the errback of old style
-ABOUT = re.compile(r"\w+\[([0-9a-f]{8})")  # a line about a task names it with its id
+ABOUT = re.compile(r"\w+\[([0-9a-f-]{36})\]")  # a line about a task names it with its id
 LINE = re.compile(r"^\[[\d:,. -]+ [A-Z]+(?:/[\w-]+)? ([\w.-]+)\] (.*)$")
 
 
@@ -172,7 +174,7 @@ def test_no_line_about_a_task_has_a_wrong_id_or_none(shops, pool):
             ids[task].add(found)
     assert len(ids) >= REQUESTS * (TASKS - 1)
     assert {task: found for task, found in ids.items() if len(found) != 1} == {}, "one id a task"
-    assert {task: ids[task[:8]] for task in requests} == {task: {request} for task, request in requests.items()}
+    assert {task: ids[task] for task in requests} == {task: {request} for task, request in requests.items()}
     number = collections.Counter(found for [found] in ids.values())
     assert set(number) == set(requests.values()), "no id but those of the requests"
     assert len(set(number.values())) == 1, "each request has the same number of tasks under its id"
