@@ -89,7 +89,10 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """nbval waits 5 s for a cell's outputs after its end and has no option for it: a busy machine needs more."""
+    """Put the longest tests first, and give nbval's cells more time.
+
+    nbval waits 5 s for a cell's outputs after its end and has no option for it: a busy machine needs more.
+    """
     sizes = {path.stem: path.stat().st_size for path in record.NOTEBOOKS.glob("*.ipynb")}
 
     def rank(item) -> tuple[int, int]:

@@ -231,7 +231,7 @@ def test_interrupting_a_start_stops_it(kernel, mark, before):
     while (found := kernel.message())["msg_type"] != "error":
         pass
     assert "Interrupted" in found["content"]["evalue"] and len(found["content"]["traceback"]) == 1
-    assert gone(mark, 20)
+    assert gone(mark, 5)
 
 
 def test_interrupting_another_cell_leaves_the_worker_alone(kernel, mark):
