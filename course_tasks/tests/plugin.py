@@ -65,10 +65,15 @@ def pytest_sessionfinish(session) -> None:
 
 
 class Scheduling(LoadScopeScheduling):
-    """A file's tests run in one process, but a chapter may be run through beside another one."""
+    """A file's tests run in one process, but a chapter may be run through beside another one.
+
+    In the browser all chapters are run by one process: JupyterLab's scripts are compiled once, then.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
-        return nodeid if re.search(r"test_run_all_\w+\[", nodeid) else super()._split_scope(nodeid)
+        if "test_run_all_by" in nodeid:
+            return nodeid
+        return nodeid.partition("[")[0] if "test_run_all_in" in nodeid else super()._split_scope(nodeid)
 
 
 def pytest_xdist_make_scheduler(config, log) -> Scheduling:
@@ -78,9 +83,9 @@ def pytest_xdist_make_scheduler(config, log) -> Scheduling:
 
 # What takes longest comes first, so that no process is left with it at the end; of the chapters, the largest
 LONGEST = (
+    "test_run_all_in",
     "test_launcher",
     "test_run_all_by",
-    "test_run_all_in",
     "test_browser",
     "test_terminal",
     "test_correlation",
