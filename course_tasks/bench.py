@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 import xml.etree.ElementTree as ElementTree
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -139,11 +139,17 @@ def fresh_clone(directory: Path) -> tuple[float, float]:
 
 
 def until(running: subprocess.Popen, pattern: str) -> None:
-    """Read what a process prints up to the first line that matches, or to its end, which comes after 60 s."""
-    patience = threading.Timer(60, running.kill)
+    """Read what a process prints up to the first line that matches, or to its end, which comes after 60 s.
+
+    Raises:
+        SystemExit: it ended with an error, so that nothing was measured.
+    """
+    patience, line = threading.Timer(60, running.kill), ""
     patience.start()
-    any(re.search(pattern, plain(line.rstrip())) for line in running.stdout)
+    found = any(re.search(pattern, plain((line := text).rstrip())) for text in running.stdout)
     patience.cancel()
+    if not found and running.wait():
+        raise SystemExit(f"{running.args} ended: {line}")
 
 
 def course_lab() -> float:
@@ -230,7 +236,7 @@ def floor(path: Path) -> float:
             magic, *words = shlex.split(line, comments=True) or [""]
             if magic == "%%writefile":
                 with Path(folder, words[-1]).open("a" if "-a" in words else "w") as file:
-                    file.write(body)
+                    file.write(f"{body}\n")
             elif magic == "%%terminal":
                 seconds += stopped(running, words[:1])
                 for port in re.findall(r"\$\{(\w+):-\d+\}", body):  # where the chapter has a server of its own
@@ -258,7 +264,10 @@ def stopped(running: dict[str, subprocess.Popen], names: list[str], kill: bool =
     for process in ending:
         process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
     for process in ending:
-        process.communicate(timeout=60)
+        process.wait(timeout=60)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what the command has started beside the program
+        process.stdout.close()
     return time.monotonic() - start
 
 
