@@ -142,13 +142,13 @@ class Gantt:
         return f"{kind} took {wall(spans):.2f} s, {self.factor(spans):.1f} x as fast as one after the other"
 
 
-def axis(longest: float, scale: float, bottom: float, left: float = LEFT) -> list[str]:
-    """Ticks with their seconds, `scale` pixels each, below `bottom`, and a line up from each."""
+def axis(longest: float, scale: float, bottom: float, left: float = LEFT, top: float = TITLE) -> list[str]:
+    """Ticks with their seconds, `scale` pixels each, below `bottom`, and a line up to `top` from each."""
     step, drawn = 10.0 ** math.floor(math.log10(longest)), []
     step *= next(part for part in (0.2, 0.5, 1, 2, 5) if longest / (step * part) <= TICKS)
     for at in (number * step for number in range(int(longest / step) + 1)):
         x = left + at * scale
-        drawn.append(f'<path class="grid" d="M{x:.1f} {TITLE}V{bottom + 4:.1f}"/>')
+        drawn.append(f'<path class="grid" d="M{x:.1f} {top}V{bottom + 4:.1f}"/>')
         drawn.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 17:.1f}">{at:.6g} s</text>')
     return drawn
 

@@ -1,10 +1,8 @@
 """`Journey`: what one task really went through, from the client to its end, as text and as a picture."""
 
-import base64
 import contextlib
 import html
 import itertools
-import math
 import re
 import threading
 import time
@@ -16,6 +14,7 @@ from celery import Celery, states
 from celery.signals import after_task_publish
 
 from course_tasks.classroom import ClassroomError
+from course_tasks.classroom.gantt import AXIS, WIDTH, axis, framed, image
 
 WAIT = 5.0  # seconds that the end of the block waits for the task's last event
 ANSWER = 1.5  # seconds in which workers have to answer; one that is busy in the solo pool can't
@@ -24,7 +23,6 @@ LEAVE = 1.0  # seconds in which it has to end; it looks ten times a second wheth
 WHEN = itemgetter("timestamp")
 RETRY = re.compile(r"^Retry\(Retry\(\.\.\.\), (.*), [^,]*\)$")  # an event's text around a task's own error
 FINAL = {"succeeded", "failed", "revoked", "rejected"}
-WIDTH = 760  # of the picture, in pixels
 # The colours of notebooks/figures; a picture in a notebook follows the system's theme, and so does JupyterLab here
 STYLE = """
 text{font:13px system-ui,sans-serif;fill:#1f2430}.name{font-weight:700;font-size:14px}
@@ -125,13 +123,9 @@ class Journey:
         if self._note:
             text += f"\n{self._note}"
         alt = "; ".join(re.sub(r"^\+\S+ s +(\S+) +", r"\1 ", line) for line in self._lines())
-        picture = base64.b64encode(self._svg().encode()).decode()
-        page = (
-            f'<img alt="The way of task {html.escape(self._sent[0]["name"])}: {html.escape(alt)}" '
-            f'src="data:image/svg+xml;base64,{picture}" width="{WIDTH}">'
-            f'<pre style="font-size:var(--jp-code-font-size);white-space:pre-wrap">{html.escape(text)}</pre>'
-        )
-        return {"text/plain": text, "text/html": page}
+        picture = image(f"The way of task {self._sent[0]['name']}: {alt}", self._svg())
+        words = f'<pre style="font-size:var(--jp-code-font-size);white-space:pre-wrap">{html.escape(text)}</pre>'
+        return {"text/plain": text, "text/html": picture + words}
 
     # listening
 
@@ -309,14 +303,12 @@ class Journey:
             drawn.append(f'<text class="name" x="10" y="{bottom + height * tall / 2 + 5}">{name}</text>')
             bottom += height * tall
 
-        def x(when: float) -> float:
-            return left + (right - 8 - left) * when / span
+        scale = (right - 8 - left) / span
 
-        tick = 10.0 ** math.floor(math.log10(span))
-        tick *= next(part for part in (0.2, 0.5, 1, 2, 5, 10) if span / (tick * part) <= 6)
-        for at in (number * tick for number in range(int(span / tick) + 1)):
-            drawn.append(f'<path class="grid" d="M{x(at):.1f} 0V{bottom + 5}"/>')
-            drawn.append(f'<text class="tick" x="{x(at):.1f}" y="{bottom + 20}">{at:.6g} s</text>')
+        def x(when: float) -> float:
+            return left + when * scale
+
+        drawn += axis(span, scale, bottom, left, top=0)
         for (before, *_), (row, start, *_) in itertools.pairwise(bars):
             down = rows[before] < rows[row]
             ends = rows[before] + (40 if down else 22), rows[row] + (22 if down else 40)
@@ -331,7 +323,4 @@ class Journey:
             if not any(lane == row and extent[0] < to and since < extent[1] for lane, since, to in taken):
                 drawn.append(f'<text x="{words:.1f}" y="{top + 17}">{label}</text>')
                 taken.append((row, *extent))
-        return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + 28}" width="{WIDTH}" '
-            f'height="{bottom + 28}"><style>{STYLE}</style>{"".join(drawn)}</svg>'
-        )
+        return framed(drawn, bottom + AXIS, STYLE)
