@@ -240,6 +240,10 @@ def test_run_all_in_the_browser(page, lab, name):
     view = page.locator(".jp-WindowedPanel-outer")
     while True:  # Lab keeps only what is near the view
         page.wait_for_function("() => [...document.images].every(image => image.complete)")
+        hidden = page.locator(".jp-Notebook .cm-scroller").evaluate_all(
+            "all => all.map(i => i.scrollWidth - i.clientWidth)"
+        )
+        assert not any(hidden), "a line of code goes on beyond its box"
         for alt, width in page.locator(".jp-Notebook img").evaluate_all("all => all.map(i => [i.alt, i.naturalWidth])"):
             assert alt and width, f"a picture is not shown: {alt}"
             pictures.add(alt)

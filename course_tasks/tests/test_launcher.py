@@ -639,7 +639,8 @@ def test_lab_has_the_courses_settings(lab):
             "default"
         ]
 
-    assert default("notebook-extension:tracker", "codeCellConfig")["lineNumbers"] is True
+    code = default("notebook-extension:tracker", "codeCellConfig")
+    assert code["lineNumbers"] is code["lineWrap"] is True
     assert default("notebook-extension:tracker", "kernelShutdown") is True
     assert default("apputils-extension:themes", "adaptive-theme") is True
     assert default("apputils-extension:notification", "fetchNews") == "false"
