@@ -268,7 +268,7 @@ def test_no_end_of_the_kernel_leaves_anything_behind(kernel, mark, how, tmp_path
             process.kill()
     else:
         pytest.skip("only Linux ends a child with its parent")
-    assert gone(mark)
+    assert gone(mark, 5)
     assert asked.exists() is (how != "supervisor"), "SIGTERM comes first"
 
 
