@@ -218,14 +218,18 @@ def worker_in_a_cell() -> float:
 def floor(path: Path) -> float:
     """Seconds that no test of the notebook can do without.
 
-    The start of a kernel, the start and the stop of each of its terminal cells' commands in a bare shell, and the
-    waits that it is about, declared as tags (`wait-2` for two seconds). A worker is stopped after IDLE seconds, which
-    do not count.
+    The start and the end of a kernel, in it the imports of other packages, the start and the stop of each terminal
+    cell's command in a bare shell, and the waits that the notebook is about, declared as tags (`wait-2` for two
+    seconds). A worker is stopped after IDLE seconds, which do not count.
     """
     notebook = nbformat.read(path, as_version=4)
+    code = (cell.source for cell in notebook.cells if cell.cell_type == "code" and not cell.source.startswith("%%"))
+    imports = re.findall(r"^(?:import|from) (?!course_tasks).*", "\n".join(code), re.MULTILINE)
+    imports = [f"try: {line}\nexcept ImportError: pass" for line in imports]  # of a file that the notebook writes
     start = time.monotonic()
-    with record.executing(nbformat.v4.new_notebook()):
-        seconds = time.monotonic() - start
+    with record.executing(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("\n".join(imports))])) as client:
+        client.execute_cell(client.nb.cells[0], 0)
+    seconds = time.monotonic() - start
     running: dict[str, subprocess.Popen] = {}
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # so that a script's "ready" is seen through a pipe
     with record.workplace() as folder:

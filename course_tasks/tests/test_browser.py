@@ -262,7 +262,7 @@ def test_run_all_in_the_browser(page, lab, name):
 
 EXPERIMENT = """%load_ext course_tasks.classroom
 %servers
-from course_tasks.classroom.live import Experiment
+from course_tasks.classroom.experiment import Experiment
 Experiment()"""
 # keeps what the status line says and counts the page's ticks; to be read from `window`
 WATCH = """status => {

@@ -19,8 +19,7 @@ from redis import Redis
 
 from course_tasks import record
 from course_tasks.classroom import ClassroomError
-from course_tasks.classroom.experiment import GOING, HERE, PIDBOX, Run
-from course_tasks.classroom.live import Experiment
+from course_tasks.classroom.experiment import GOING, HERE, PIDBOX, Experiment, Run
 from course_tasks.tests.plugin import processes, until
 from course_tasks.tests.test_live import free, serving
 from course_tasks.tests.test_terminal import Kernel
@@ -246,7 +245,7 @@ def kernel():
     with record.kernel_manager() as manager:
         manager.start_kernel(env=record.kernel_environment(), cwd=str(record.NOTEBOOKS))
         kernel = Kernel(manager)
-        kernel.run("from course_tasks.classroom.live import Experiment\nexperiment = Experiment()")
+        kernel.run("from course_tasks.classroom.experiment import Experiment\nexperiment = Experiment()")
         yield kernel
         kernel.client.stop_channels()
 
@@ -278,7 +277,7 @@ def test_a_kernel_that_ends_in_the_middle_leaves_no_worker(pair):
         assert psutil.wait_procs(at_work, timeout=15)[1] == []
         running.client.wait_for_ready(timeout=60)
         until(lambda: left(pair) == [], "nothing is left", 10)
-        running.run("from course_tasks.classroom.live import Experiment\nexperiment = Experiment()")
+        running.run("from course_tasks.classroom.experiment import Experiment\nexperiment = Experiment()")
         begin(running)
         assert (at_work := workers(pair))
         psutil.Process(running.manager.provisioner.process.pid).kill()
@@ -311,7 +310,7 @@ def test_the_kernel_is_free_in_a_run_and_a_click_that_came_too_late_starts_none(
 
 def test_a_recorded_notebook_has_a_text_in_the_widgets_place(clean, tmp_path):
     """In a notebook that is opened again, a widget without its kernel would be an error message."""
-    cell = nbformat.v4.new_code_cell("from course_tasks.classroom.live import Experiment\nExperiment()")
+    cell = nbformat.v4.new_code_cell("from course_tasks.classroom.experiment import Experiment\nExperiment()")
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path := tmp_path / "experiment.ipynb")
     assert record.record(path) == [1]
     [stored] = nbformat.read(path, as_version=4).cells

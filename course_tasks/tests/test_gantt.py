@@ -7,8 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from course_tasks.classroom import ClassroomError
-from course_tasks.classroom.gantt import speedup, wall
-from course_tasks.classroom.live import Gantt
+from course_tasks.classroom.gantt import Gantt, speedup, wall
 from course_tasks.tasks import compute, wait
 
 

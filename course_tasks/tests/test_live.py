@@ -25,7 +25,8 @@ from redis import Redis
 from course_tasks import record
 from course_tasks.celery import app
 from course_tasks.classroom import ClassroomError
-from course_tasks.classroom.live import BrokerView, Journey
+from course_tasks.classroom.broker_view import BrokerView
+from course_tasks.classroom.journey import Journey
 from course_tasks.tests.plugin import listens, until
 from course_tasks.tests.test_terminal import Kernel
 
@@ -414,7 +415,7 @@ def test_nbval_finds_two_journeys_alike_but_not_different_ones(workers, client):
 
 def test_a_notebook_shows_a_journey_and_one_line_for_a_wrong_one(workers):
     cells = [
-        "from celery import Celery\nfrom course_tasks.classroom.live import Journey\nclient = Celery()",
+        "from celery import Celery\nfrom course_tasks.classroom.journey import Journey\nclient = Celery()",
         "with Journey(client) as journey:\n    client.send_task('add', (4, 5)).get(timeout=10)\njourney",
         "with Journey(client) as journey:\n    pass",
     ]
@@ -435,7 +436,7 @@ class ViewKernel(Kernel):
 
     def __init__(self, manager):
         super().__init__(manager)
-        self.run("from course_tasks.classroom.live import BrokerView")
+        self.run("from course_tasks.classroom.broker_view import BrokerView")
 
     def pane(self, code: str) -> str:
         """The text of the cell's one output, a pane."""
