@@ -109,6 +109,9 @@ class Journey:
             # kombu's channels share a dictionary of queues: one that closes while another begins to listen may fail,
             # and leave its connections open
             self._thread.join(LEAVE)
+            # an answer sent in the moment in which its queue was given up makes that queue again, for ever
+            with contextlib.suppress(Exception), self._client.connection_for_write() as connection:
+                connection.default_channel.client.delete(self._client.control.mailbox.reply_queue.name)
         if len(self._sent) != 1 and kind is None:
             raise ClassroomError(self._trouble())
 

@@ -185,6 +185,13 @@ def test_a_journey_has_every_step_in_every_pool(workers, client, request):
     assert any(re.fullmatch(r"succeeded, ran 0\.[4-9]\d\d s", label) for label in labels(journey))
 
 
+def test_an_answer_that_comes_too_late_is_not_left_in_the_broker():
+    # no worker is here, so kombu does not wait for answers and can't take it
+    with connected(NOBODY) as client, Redis.from_url(broker(NOBODY)) as server, Journey(client, 0.1):
+        client.send_task("add", args=(4, 5))
+        server.lpush(client.control.mailbox.reply_queue.name, "late")
+
+
 def test_the_picture_is_one_that_an_untrusted_notebook_shows_in_both_themes(workers, client):
     journey = gone(client, "add", 4, 5)
     page = journey._repr_mimebundle_()["text/html"]
