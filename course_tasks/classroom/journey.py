@@ -110,8 +110,8 @@ class Journey:
             # and leave its connections open
             self._thread.join(LEAVE)
             # an answer sent in the moment in which its queue was given up makes that queue again, for ever
-            with contextlib.suppress(Exception), self._client.connection_for_write() as connection:
-                connection.default_channel.client.delete(self._client.control.mailbox.reply_queue.name)
+            with contextlib.suppress(Exception), self._channel() as channel:
+                channel.client.delete(self._client.control.mailbox.reply_queue.name)
         if len(self._sent) != 1 and kind is None:
             raise ClassroomError(self._trouble())
 
@@ -239,6 +239,13 @@ class Journey:
         elif not self._note:
             self._note = self._silence(sent) if not events else f"No more was heard within {self._wait:g} s."
 
+    @contextlib.contextmanager
+    def _channel(self):
+        """A channel to the broker, which gets a moment to answer."""
+        with self._client.connection_for_read() as connection:
+            connection.ensure_connection(max_retries=1, interval_start=0.2, timeout=LISTEN)
+            yield connection.default_channel
+
     def _in_backend(self, task: str) -> bool:
         """Whether the backend has the task's end; False if there is none, or it does not answer."""
         with contextlib.suppress(Exception):
@@ -249,9 +256,7 @@ class Journey:
     def _silence(self, sent: dict) -> str:
         """Why there was no event at all."""
         try:
-            with self._client.connection_for_read() as connection:
-                connection.ensure_connection(max_retries=1, interval_start=0.2, timeout=LISTEN)
-                channel = connection.default_channel
+            with self._channel() as channel:
                 for step in channel.priority_steps:
                     newest = channel.client.lrange(channel._q_for_pri(sent["queue"], step), 0, 999)
                     if any(sent["id"].encode() in message for message in newest):

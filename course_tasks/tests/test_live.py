@@ -320,6 +320,19 @@ def test_a_connection_that_is_lost_on_the_way_is_said_so():
     assert words(journey) == "sent" and last.startswith("The connection to the broker was lost on the way")
 
 
+def test_a_broker_that_ends_in_the_block_does_not_hold_it_up():
+    port = free()
+    with addressed(f"redis://127.0.0.1:{port}/0"), serving(port) as server:
+        client = Celery()
+        with Journey(client, 0.1) as journey:
+            client.send_task("add", (1, 2), ignore_result=True)
+            server.shutdown(nosave=True)
+            ended = time.monotonic()
+        assert time.monotonic() - ended < 4  # kombu alone would try again for six seconds
+        client.pool.force_close_all()
+    assert words(journey) == "sent"
+
+
 def test_the_block_begins_when_the_journey_listens(workers, client, monkeypatch):
     receiver = client.events.Receiver
     monkeypatch.setattr(client.events, "Receiver", lambda *args, **kw: time.sleep(0.5) or receiver(*args, **kw))
