@@ -147,5 +147,5 @@ def _empty(pair: servers.Pair) -> None:
     """Wait until nobody is connected any more (a worker on its way out may take a task), then empty both servers."""
     for url in (pair.broker, pair.backend):
         with Redis.from_url(url) as server:
-            until(lambda: len(server.client_list()) == 1, f"everybody else has left {url}", 20)
+            until(lambda: len(server.client_list()) == 1, f"everybody else has left {url}")
     servers.flush(pair.broker, pair.backend)

@@ -215,8 +215,8 @@ def test_a_running_pane_follows_and_closing_lab_leaves_no_worker(page, lab):
     api.expect(log).to_contain_text("line 12", timeout=WAIT)
     assert (counters := lab.processes("echo line"))
     lab.process.send_signal(signal.SIGTERM)
-    assert psutil.wait_procs(counters, timeout=20)[1] == []
-    assert lab.process.wait(20) is not None
+    assert psutil.wait_procs(counters, timeout=60)[1] == []
+    assert lab.process.wait(60) is not None
 
 
 # A browser costs a test more than the chapter itself does. So only the first chapter with a live view of each kind is

@@ -127,11 +127,10 @@ def test_the_last_runs_are_shown_side_by_side_with_a_picture_and_a_table(clean, 
 )
 def test_a_setting_that_cannot_be_used_has_one_clear_line(settings, message):
     experiment = Experiment()
-    start = time.monotonic()
     with pytest.raises(ClassroomError) as raised:
         experiment.run(**settings)
     assert str(raised.value) == message == status(experiment).replace("&#x27;", "'")
-    assert time.monotonic() - start < 1 and experiment.button.description == "Run" and not experiment.runs
+    assert experiment.button.description == "Run" and not experiment._command.value, "no worker was started"
 
 
 def test_a_click_does_the_same_in_a_thread_and_a_second_run_is_refused(clean, capfd):
@@ -142,10 +141,8 @@ def test_a_click_does_the_same_in_a_thread_and_a_second_run_is_refused(clean, ca
     experiment.join(10)
     assert status(experiment).startswith("That may take 500 s") and not experiment.runs, "a line, and no traceback"
     choose(experiment, pool="prefork", kind="wait", concurrency=3, tasks=6, seconds=0.5)
-    start = time.monotonic()
     experiment.button.click()
-    assert time.monotonic() - start < 0.5, "the click returns at once"
-    with pytest.raises(ClassroomError, match=f"^{GOING}$"):
+    with pytest.raises(ClassroomError, match=f"^{GOING}$"):  # the click has returned, and the run goes on
         experiment.run()
     experiment.button.click()
     assert status(experiment) == GOING
@@ -228,7 +225,7 @@ def test_the_command_pastes_into_a_terminal_and_only_what_nobody_works_on_is_swe
             assert not any(dead in member for member in server.smembers(PIDBOX)) and server.llen(other) == 1
             assert server.exists(f"_kombu.binding.{queue}"), "a worker in a terminal has it"
             assert (
-                client.send_task("wait", (0.1,), queue=queue, connection=connection).get(timeout=20)["seconds"] == 0.1
+                client.send_task("wait", (0.1,), queue=queue, connection=connection).get(timeout=60)["seconds"] == 0.1
             )
     finally:
         worker.kill()
@@ -274,14 +271,14 @@ def test_a_kernel_that_ends_in_the_middle_leaves_no_worker(pair):
         begin(running)
         assert (at_work := workers(pair))
         running.manager.restart_kernel()
-        assert psutil.wait_procs(at_work, timeout=15)[1] == []
+        assert psutil.wait_procs(at_work, timeout=60)[1] == []
         running.client.wait_for_ready(timeout=60)
-        until(lambda: left(pair) == [], "nothing is left", 10)
+        until(lambda: left(pair) == [], "nothing is left")
         running.run("from course_tasks.classroom.experiment import Experiment\nexperiment = Experiment()")
         begin(running)
         assert (at_work := workers(pair))
         psutil.Process(running.manager.provisioner.process.pid).kill()
-        assert psutil.wait_procs(at_work, timeout=15)[1] == []
+        assert psutil.wait_procs(at_work, timeout=60)[1] == []
     Experiment().run(tasks=1)  # clears what a killed kernel could not; its results expire
     found = [each for each in left(pair) if not str(each).startswith("celery-task-meta-")]
     assert found == []
@@ -290,8 +287,7 @@ def test_a_kernel_that_ends_in_the_middle_leaves_no_worker(pair):
 def test_the_kernel_is_free_in_a_run_and_a_click_that_came_too_late_starts_none(clean):
     with kernel() as running:
         button = begin(running, tasks=15)
-        start = time.monotonic()
-        assert value(running, "1 + 1") == "2" and time.monotonic() - start < 0.8
+        assert value(running, "1 + 1") == "2"
         assert "is not over" in running.error("experiment.join(0.01)")
         running.run("experiment.join(60)")
         running.run("experiment.run(tasks=1, seconds=0.5)", wait=False)
@@ -302,10 +298,10 @@ def test_the_kernel_is_free_in_a_run_and_a_click_that_came_too_late_starts_none(
         running.run(f"experiment.run(**{LONG!r})", wait=False)
         until(lambda: workers(clean), "the third run has begun")
         running.manager.interrupt_kernel()
-        until(lambda: not workers(clean), "the interrupted run's worker has ended", 10)
+        until(lambda: not workers(clean), "the interrupted run's worker has ended")
         assert value(running, "len(experiment.runs)") == "2"
         assert "The run was interrupted." in value(running, "experiment.status.value")
-    until(lambda: left(clean) == [], "the kernel has gone", 10)
+    until(lambda: left(clean) == [], "the kernel has gone")
 
 
 def test_a_recorded_notebook_has_a_text_in_the_widgets_place(clean, tmp_path):

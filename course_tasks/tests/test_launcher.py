@@ -465,7 +465,7 @@ def test_servers_holds_the_pair_until_it_is_stopped(installed, end):
     assert process.poll() is None
     process.send_signal(end)
     assert ended(process) == (0, "", "")
-    until(lambda: not listens(broker) and not listens(backend), "both servers are gone", 15)
+    until(lambda: not listens(broker) and not listens(backend), "both servers are gone")
 
 
 def test_doctor_before_anything_is_installed(clone):
@@ -619,7 +619,7 @@ def lab(tmp_path_factory):
         assert process.wait(30) == 0
         reader.join(10)
         assert "Shutting down" in "".join(log)
-        until(lambda: not listens(broker) and not listens(backend), "both servers are gone", 15)
+        until(lambda: not listens(broker) and not listens(backend), "both servers are gone")
     finally:
         process.kill()
     assert set((home / ".jupyter").iterdir()) == theirs

@@ -31,6 +31,7 @@ from course_tasks.tests.plugin import listens, until
 from course_tasks.tests.test_terminal import Kernel
 
 POOLS = ["threads", "prefork", "solo", "gevent"]
+LONG = 60.0  # seconds that nothing may really wait for: half of it is still plenty for a busy machine
 NOBODY = 9  # the database on the broker that has no worker; the pools have 1 to 4, views 0
 clients: dict[int, Celery] = {}  # by database
 STEP = re.compile(r"\+(\d+\.\d{3}) s  (\w+) +(.*)")
@@ -109,7 +110,7 @@ def connected(number: int):
     with addressed(broker(number)), Redis.from_url(broker(number)) as server:
         before = kept(server)
         yield clients.setdefault(number, Celery())
-        until(lambda: kept(server) - before <= {b"celery"}, "nothing but a task not taken is left", 5)
+        until(lambda: kept(server) - before <= {b"celery"}, "nothing but a task not taken is left", 20)
         server.delete("celery")
 
 
@@ -138,7 +139,7 @@ def gone(client: Celery, name: str, *args, get: bool = True, wait: float = 5, **
     with Journey(client, wait) as journey:
         result = client.send_task(name, args, **options)
         if get:
-            result.get(timeout=20, propagate=False)
+            result.get(timeout=60, propagate=False)
     assert not journeys(), "it listens no more when the block has ended"
     return journey
 
@@ -181,7 +182,7 @@ def test_a_journey_has_every_step_in_every_pool(workers, client, request):
     assert end == f"{at}; stored in the backend"
     assert 0 == sent <= received <= started and 0.4 <= succeeded - started < 5
     assert {"sent", "stored"} <= set(labels(journey))
-    until(lambda: not journeys(), "no thread is left", 2)
+    until(lambda: not journeys(), "no thread is left")
     assert any(re.fullmatch(r"succeeded, ran 0\.[4-9]\d\d s", label) for label in labels(journey))
 
 
@@ -255,19 +256,19 @@ def test_a_task_that_no_worker_knows_has_failed(workers, client):
 
 
 def test_a_revoked_task_is_not_waited_for(workers, client):
-    with Journey(client) as journey, Redis.from_url(os.environ["CELERY_BROKER_URL"]) as server:
+    with Journey(client, LONG) as journey, Redis.from_url(os.environ["CELERY_BROKER_URL"]) as server:
         result = client.send_task("add", (1, 2), countdown=1)
         until(lambda: server.hlen("unacked"), "the worker has it")  # revoked before, it would not be received
         result.revoke()
         start = time.monotonic()
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < LONG / 2
     assert words(journey) == "sent received revoked"
 
 
 def test_the_end_is_awaited_but_not_for_ever(workers, client):
     start = time.monotonic()
-    journey = gone(client, "add_long", 4, 5, 0.5, get=False)
-    assert words(journey).endswith("succeeded") and time.monotonic() - start < 3
+    journey = gone(client, "add_long", 4, 5, 0.5, get=False, wait=LONG)
+    assert words(journey).endswith("succeeded") and time.monotonic() - start < LONG / 2
     journey = gone(client, "add_long", 4, 5, 0.6, get=False, wait=0.2)
     assert words(journey) == "sent received started"
     assert journey._repr_mimebundle_()["text/plain"].endswith("\nNo more was heard within 0.2 s.")
@@ -277,8 +278,8 @@ def test_the_end_is_awaited_but_not_for_ever(workers, client):
 def test_without_a_worker_it_says_so_at_once():
     with connected(NOBODY) as client:
         start = time.monotonic()
-        journey = gone(client, "add", 4, 5, get=False)
-        assert time.monotonic() - start < 1.4
+        journey = gone(client, "add", 4, 5, get=False, wait=LONG)
+        assert time.monotonic() - start < LONG / 2
         assert words(journey) == "sent"
         text = journey._repr_mimebundle_()["text/plain"]
         assert text.endswith("\nNo worker has taken it: it waits in queue 'celery'.")
@@ -292,7 +293,7 @@ def test_a_busy_solo_worker_does_not_block_for_ever(workers, client):
     with Journey(client, wait=0.5) as journey:
         result = client.send_task("add", (4, 5))
     assert not busy.ready() and words(journey) == "sent"
-    assert result.get(timeout=20) == 9
+    assert result.get(timeout=60) == 9
 
 
 def test_a_worker_that_has_only_just_started_is_heard():
@@ -315,7 +316,7 @@ def test_a_connection_that_is_lost_on_the_way_is_said_so():
         client.send_task("add", (1, 2), ignore_result=True)
         [listener] = [each for each in server.client_list("pubsub") if each["db"] == str(NOBODY)]
         server.client_kill_filter(listener["id"])
-        until(lambda: not journeys(), "the thread has ended", 5)
+        until(lambda: not journeys(), "the thread has ended")
     last = journey._repr_mimebundle_()["text/plain"].splitlines()[-1]
     assert words(journey) == "sent" and last.startswith("The connection to the broker was lost on the way")
 
@@ -324,11 +325,12 @@ def test_a_broker_that_ends_in_the_block_does_not_hold_it_up():
     port = free()
     with addressed(f"redis://127.0.0.1:{port}/0"), serving(port) as server:
         client = Celery()
+        client.conf.broker_transport_options = {"connect_retries_timeout": LONG}  # how long kombu alone would try
         with Journey(client, 0.1) as journey:
             client.send_task("add", (1, 2), ignore_result=True)
             server.shutdown(nosave=True)
             ended = time.monotonic()
-        assert time.monotonic() - ended < 4  # kombu alone would try again for six seconds
+        assert time.monotonic() - ended < LONG / 2
         client.pool.force_close_all()
     assert words(journey) == "sent"
 
@@ -348,7 +350,7 @@ def test_a_worker_that_starts_is_asked_until_it_answers_but_not_for_ever():
         starting.start()
         start = time.monotonic()
         with Journey(client, wait=0.1) as journey:
-            assert time.monotonic() - start < 3
+            assert time.monotonic() - start < LONG / 2
             client.send_task("add", (1, 2))
         asked = 0
         while message := orders.get_message(timeout=0.2):
@@ -362,7 +364,7 @@ def test_a_block_sends_one_task(workers, client, number):
     message = f"sent {number or 'none'}"
     with pytest.raises(ClassroomError, match=message) as raised, Journey(client) as journey:
         for _ in range(number):
-            client.send_task("add", (1, 2)).get(timeout=10)
+            client.send_task("add", (1, 2)).get(timeout=60)
     assert raised.value.__suppress_context__ or raised.value.__context__ is None
     assert message in journey._repr_mimebundle_()["text/plain"] and "\n" not in str(raised.value)
 
@@ -371,7 +373,7 @@ def test_a_block_sends_one_task(workers, client, number):
 def test_an_error_in_the_block_passes_through(workers, client, number):
     with pytest.raises(ZeroDivisionError), Journey(client) as journey:
         for _ in range(number):
-            client.send_task("add", (1, 2)).get(timeout=10)
+            client.send_task("add", (1, 2)).get(timeout=60)
         1 / 0  # noqa: B018
     assert words(journey) == ("sent received started succeeded" if number else "")
 
@@ -385,7 +387,7 @@ def test_a_journey_can_be_made_again(workers, client, monkeypatch):
     for _ in range(2):
         with journey:
             result = client.send_task("add", (1, 2))
-            result.get(timeout=10)
+            result.get(timeout=60)
             if len(handlers) == 2:  # the thread of the block before is still at work
                 handlers[0]({"type": "task-received", "uuid": result.id, "timestamp": time.time(), "hostname": "x"})
         assert words(journey) == "sent received started succeeded"
@@ -405,8 +407,8 @@ def test_a_journey_that_cannot_begin_has_one_clear_line(url, message):
     with addressed(url), pytest.raises(ClassroomError, match=message) as raised, Journey(Celery()):
         pass
     assert "\n" not in str(raised.value) and "secret" not in str(raised.value)
-    assert time.monotonic() - start < 8
-    until(lambda: not journeys(), "no thread is left", 2)
+    assert time.monotonic() - start < LONG / 2
+    until(lambda: not journeys(), "no thread is left")
 
 
 def test_a_journey_is_a_clients():
@@ -436,7 +438,7 @@ def test_nbval_finds_two_journeys_alike_but_not_different_ones(workers, client):
 def test_a_notebook_shows_a_journey_and_one_line_for_a_wrong_one(workers):
     cells = [
         "from celery import Celery\nfrom course_tasks.classroom.journey import Journey\nclient = Celery()",
-        "with Journey(client) as journey:\n    client.send_task('add', (4, 5)).get(timeout=10)\njourney",
+        "with Journey(client) as journey:\n    client.send_task('add', (4, 5)).get(timeout=60)\njourney",
         "with Journey(client) as journey:\n    pass",
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
@@ -575,12 +577,13 @@ def test_it_only_reads_a_few_times_a_second_over_one_connection(kernel):
         take(server, "celery")
         kernel.run(f'view = BrokerView("celery", url="redis://localhost:{port}/0"); view')
         server.config_resetstat()
-        start = time.monotonic()
-        time.sleep(1.1)
+        start, calls = time.monotonic(), {}
+        while calls.get("hlen", 0) < 4:
+            time.sleep(0.1)
+            calls = {name.removeprefix("cmdstat_"): stat["calls"] for name, stat in server.info("commandstats").items()}
         seconds = time.monotonic() - start
-        calls = {name.removeprefix("cmdstat_"): stat["calls"] for name, stat in server.info("commandstats").items()}
         assert set(calls) - {"config|resetstat", "info"} <= {"llen", "hlen", "hkeys", "hmget"}
-        assert 3 <= calls["hlen"] <= 4 * seconds + 1
+        assert calls["hlen"] <= 4 * seconds + 1
         assert "hmget" not in calls, "a message is read once"
         assert views(server) == 1
 
@@ -619,12 +622,12 @@ def test_a_view_ends_with_the_kernel(server, how):
         if how == "restart":
             kernel.manager.restart_kernel()
         elif how == "shutdown":
-            start = time.monotonic()
+            process = kernel.manager.provisioner.process
             kernel.manager.shutdown_kernel()
-            assert time.monotonic() - start < 4, "it had to be killed"
+            assert process.returncode == 0, "it had to be killed"
         else:
             psutil.Process(kernel.manager.provisioner.process.pid).send_signal(signal.SIGKILL)
-        until(lambda: views(server) == 0, "the view has gone", 10)
+        until(lambda: views(server) == 0, "the view has gone")
 
 
 def test_a_broker_that_goes_away_and_comes_back(kernel):
@@ -667,7 +670,7 @@ def test_a_broker_that_is_silent_counts_as_away(kernel):
             f'view = BrokerView("celery", url="redis://127.0.0.1:{silent.getsockname()[1]}/0"); view'
         )
         kernel.run("view.stop()")
-        assert time.monotonic() - start < 4
+        assert time.monotonic() - start < LONG / 2
 
 
 def test_a_broker_that_refuses_is_told_from_one_that_is_away(kernel, server):
