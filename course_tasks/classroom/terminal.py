@@ -104,8 +104,7 @@ class Terminal:
         """Ask the supervisor for a signal: b"t" for SIGTERM, b"k" for SIGKILL."""
         self.ordered = "killed" if letter == b"k" else "stopped"
         with contextlib.suppress(BrokenPipeError):  # it ended in the meantime
-            self.process.stdin.write(letter)
-            self.process.stdin.flush()
+            os.write(self.process.stdin.fileno(), letter)  # with a buffer, closing it would fail, too
 
     def bundle(self, end: int | None = None) -> dict[str, str]:
         """What a notebook shows of it: the command, the state and the log's last lines, as text and as HTML."""

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from course_tasks import record, servers
+from course_tasks.classroom.terminal import Terminal
 from course_tasks.tests.plugin import processes, until
 
 # Python for `python -c "..."`: each says that it is ready and stays; DEAF does so after SIGTERM, too
@@ -157,6 +158,13 @@ def test_several_are_stopped_together(kernel, mark, tmp_path):
         script = f"import os, signal; signal.signal(15, lambda *_: {stop}); {WAITING}"
         kernel.run(cell(mark, f"%%terminal {name}", script))
     assert kernel.text("%stop") == "one: stopped\ntwo: stopped\nthree: stopped\n"
+
+
+def test_an_order_that_comes_too_late_leaves_nothing_to_write():
+    terminal = Terminal("one", "true", re.compile("never"))
+    assert terminal.wait(lambda: not terminal.running, 60)
+    terminal.order(b"k")
+    terminal.process.stdin.close()
 
 
 def test_kill_leaves_no_child_of_a_prefork_worker(kernel, mark):
