@@ -180,10 +180,10 @@ def test_a_journey_has_every_step_in_every_pool(workers, client, request):
     assert where == "by the client, to queue 'celery'"
     assert at == there == f"by worker {pool}@{socket.gethostname()}"
     assert end == f"{at}; stored in the backend"
-    assert 0 == sent <= received <= started and 0.4 <= succeeded - started < 5
+    assert 0 == sent <= received <= started and succeeded - started >= 0.4
     assert {"sent", "stored"} <= set(labels(journey))
     until(lambda: not journeys(), "no thread is left")
-    assert any(re.fullmatch(r"succeeded, ran 0\.[4-9]\d\d s", label) for label in labels(journey))
+    assert any(re.fullmatch(r"succeeded, ran \d+\.\d{3} s", label) for label in labels(journey))
 
 
 def test_an_answer_that_comes_too_late_is_not_left_in_the_broker():
@@ -209,11 +209,11 @@ def test_the_picture_is_one_that_an_untrusted_notebook_shows_in_both_themes(work
 
 
 def test_a_short_stay_beside_a_long_one_can_be_seen_and_nothing_is_cut_off(workers, client):
-    journey = gone(client, "add", 4, 5, countdown=0.8)
+    journey = gone(client, "add", 4, 5, countdown=2)
     _, received, started, _ = steps(journey)
-    assert re.fullmatch(r"by worker \S+, to be started at \+0\.[78]\d\d s", received[2])
-    assert received[0] < 0.4 < 0.7 < started[0]
-    assert len(bars(journey, "wait")) == 2 and max(bars(journey, "wait")) > 500, "the wait in the worker is long"
+    due = float(re.fullmatch(r"by worker \S+, to be started at \+(\d\.\d{3}) s", received[2])[1])
+    assert received[0] < due <= 2 and 0.9 * due < started[0]
+    assert len(bars(journey, "wait")) == 2 and max(bars(journey, "wait")) > 100, "the wait in the worker is long"
     width = float(picture(journey).get("width"))
     for rect in picture(journey).findall(".//{*}rect"):
         assert float(rect.get("width")) >= 6
@@ -269,10 +269,10 @@ def test_the_end_is_awaited_but_not_for_ever(workers, client):
     start = time.monotonic()
     journey = gone(client, "add_long", 4, 5, 0.5, get=False, wait=LONG)
     assert words(journey).endswith("succeeded") and time.monotonic() - start < LONG / 2
-    journey = gone(client, "add_long", 4, 5, 0.6, get=False, wait=0.2)
+    journey = gone(client, "add_long", 4, 5, 3, get=False, wait=1)
     assert words(journey) == "sent received started"
-    assert journey._repr_mimebundle_()["text/plain"].endswith("\nNo more was heard within 0.2 s.")
-    assert any(label.startswith("has run for 0.") for label in labels(journey))
+    assert journey._repr_mimebundle_()["text/plain"].endswith("\nNo more was heard within 1 s.")
+    assert any(label.startswith("has run for") for label in labels(journey))
 
 
 def test_without_a_worker_it_says_so_at_once(monkeypatch):
@@ -689,8 +689,9 @@ def test_many_messages_stay_cheap_and_legible(kernel, server):
     [output] = kernel.run('view = BrokerView("celery"); view')
     assert "celery   1500 waiting" in output["data"]["text/plain"]
     assert len(output["data"]["text/html"]) < 2000
-    kernel.run("import time; start = time.perf_counter(); view._look(); took = time.perf_counter() - start")
-    assert kernel.run("took < 0.1")[0]["data"]["text/plain"] == "True"
+    before = server.info("stats")["total_net_output_bytes"]
+    kernel.run("view._look()")
+    assert server.info("stats")["total_net_output_bytes"] - before < 1e6, "of 15e6 bytes"
     with server.pipeline() as pipe:
         for _ in range(1001):
             pipe.hset("unacked", str(uuid.uuid4()), json.dumps([{}, "", "celery"]))
