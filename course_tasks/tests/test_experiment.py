@@ -71,7 +71,7 @@ def test_a_run_in_every_pool_tells_what_its_tasks_did_and_leaves_nothing(clean, 
     run = experiment.run(pool=pool, kind="wait", **QUICK)
     assert experiment.runs == [run] and len(run.spans) == 4 and run.slots == slots
     assert all(span["seconds"] == 0.3 for span in run.spans)
-    assert 0.98 * 4 * 0.3 / slots < run.wall and 0.5 < run.speedup < 1.02 * slots
+    assert 0.98 * 4 * 0.3 / slots < run.wall and 0.2 < run.speedup < 1.02 * slots
     text = f"{pool}, -c 2, wait 0.3 s: 4 tasks on {slots} slot{'s' * (slots > 1)} took {run.wall:.2f} s, "
     assert repr(run) == f"{text}{run.speedup:.1f} x as fast as one after the other"
     assert f"--pool={pool} --concurrency=2 -Q experiment-" in run.command and run.command in experiment._command.value
