@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -33,6 +32,7 @@ from jupyter_client import BlockingKernelClient
 from course_tasks import servers
 from course_tasks.install import ROOT, VENV
 from course_tasks.tests.plugin import listens, until
+from course_tasks.tests.test_servers import free_ports
 
 HOST = sys._base_executable  # a Python outside of any virtual environment
 LINE = re.compile(r"course_tasks: [^\n]+\n")  # all that a user sees of an error
@@ -53,11 +53,6 @@ def environment(home, **more):
     return kept | NO_INDEX | {"HOME": str(home)} | more
 
 
-def free_port():
-    with closing(socket.create_server(("127.0.0.1", 0))) as probe:
-        return probe.getsockname()[1]
-
-
 class Clone:
     """A copy of the launcher in a directory of its own."""
 
@@ -71,7 +66,7 @@ class Clone:
             ROOT / "course_tasks", root / "course_tasks", ignore=shutil.ignore_patterns("tests", "__pycache__")
         )
         (root / "course_tasks" / "constraints.txt").write_text("")
-        self.ports = {role: free_port() for role in servers.ROLES}  # other tests may hold the usual ones
+        self.ports = free_ports()  # other tests may hold the usual ones
         module = root / "course_tasks" / "servers.py"
         module.write_text(
             re.sub(r"^DEFAULT_PORTS = .*", f"DEFAULT_PORTS = {self.ports}", module.read_text(), flags=re.M)
@@ -345,7 +340,7 @@ def test_killed_in_the_middle(clone, request):
 
 def test_no_network(clone):
     clone.require("celery==5.7.0")
-    offline = {"PIP_NO_INDEX": "0", "PIP_INDEX_URL": f"http://127.0.0.1:{free_port()}/", "PIP_RETRIES": "1"}
+    offline = {"PIP_NO_INDEX": "0", "PIP_INDEX_URL": f"http://127.0.0.1:{free_ports()['broker']}/", "PIP_RETRIES": "1"}
     code, _, err = clone.run("install", **offline)
     assert code == 1
     assert LINE.fullmatch(err) and "Connect to the network, and run the same command again" in err
@@ -528,7 +523,7 @@ def test_options_go_to_pytest(tmp_path):
 
 @real
 def test_server_is_one_more_server_in_the_folder_where_it_is_started(tmp_path):
-    port = free_port()
+    port = free_ports()["broker"]
     command = [sys.executable, "-m", "course_tasks", "server", "--port", str(port), "--appendonly", "yes"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -594,7 +589,7 @@ def lab(tmp_path_factory):
     for name in (".bashrc", ".zshrc"):  # as pyenv and conda do it
         (home / name).write_text("export PATH=/somewhere/shims:/usr/bin:/bin:$PATH; export THEIRS=sourced\n")
     shell = next(filter(None, map(shutil.which, ("bash", "zsh"))))
-    broker, backend = free_port(), free_port()
+    broker, backend = free_ports().values()
     urls = {
         "CELERY_BROKER_URL": f"redis://localhost:{broker}/0",
         "CELERY_RESULT_BACKEND": f"redis://localhost:{backend}/0",

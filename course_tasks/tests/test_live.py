@@ -28,6 +28,7 @@ from course_tasks.classroom import ClassroomError
 from course_tasks.classroom.broker_view import BrokerView
 from course_tasks.classroom.journey import Journey
 from course_tasks.tests.plugin import listens, until
+from course_tasks.tests.test_servers import free_ports
 from course_tasks.tests.test_terminal import Kernel
 
 POOLS = ["threads", "prefork", "solo", "gevent"]
@@ -523,8 +524,7 @@ def views(server: Redis) -> int:
 
 def free() -> int:
     """A port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
+    return free_ports()["broker"]
 
 
 @contextlib.contextmanager
