@@ -83,14 +83,11 @@ class Journey:
     def __enter__(self) -> "Journey":
         self._begin()
         try:
-            with self._client.connection_for_read() as connection:
-                if connection.transport.driver_type != "redis":
-                    raise ClassroomError(f"Journey needs a Redis or Valkey broker. This is {connection.as_uri()}.")
-                connection.ensure_connection(max_retries=1, interval_start=0.2, timeout=LISTEN)
+            with self._channel() as channel:
                 self._thread = threading.Thread(target=self._listen, args=[self._over], name="journey", daemon=True)
                 self._thread.start()
                 self._find_itself()
-                self._wake(connection.default_channel)
+                self._wake(channel)
         except BaseException as error:
             self._over.set()
             if isinstance(error, ClassroomError) or not isinstance(error, Exception):
@@ -241,8 +238,10 @@ class Journey:
 
     @contextlib.contextmanager
     def _channel(self):
-        """A channel to the broker, which gets a moment to answer."""
+        """A channel to the broker, which gets a moment to answer; a ClassroomError if it is of another kind."""
         with self._client.connection_for_read() as connection:
+            if connection.transport.driver_type != "redis":
+                raise ClassroomError(f"Journey needs a Redis or Valkey broker. This is {connection.as_uri()}.")
             connection.ensure_connection(max_retries=1, interval_start=0.2, timeout=LISTEN)
             yield connection.default_channel
 

@@ -4,12 +4,13 @@ Loaded by the `-p` in pyproject.toml, so that `pytest` on a test, on a notebook 
 """
 
 import contextlib
+import random
 import re
 import signal
 import socket
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import nbval.kernel
@@ -137,10 +138,20 @@ def processes(text: str, among: Iterable[psutil.Process] | None = None) -> list[
     return found
 
 
-def listens(port: int) -> bool:
-    """Whether anything listens on a TCP port of 127.0.0.1."""
-    with contextlib.closing(socket.socket()) as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+def listens(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether anything listens on a TCP port of a loopback address."""
+    with contextlib.suppress(OSError), socket.create_connection((host, port), 5):
+        return True
+    return False
+
+
+def free_ports() -> Iterator[int]:
+    """Ports, no two alike, free on both loopback addresses, that the system gives to no outgoing connection."""
+    for port in random.sample(range(15000, 32000), 1000):
+        with contextlib.suppress(OSError):
+            socket.create_server(("127.0.0.1", port)).close()
+            if not listens(port, "::1"):
+                yield port
 
 
 def _empty(pair: servers.Pair) -> None:

@@ -20,8 +20,8 @@ from redis import Redis
 from course_tasks import record
 from course_tasks.classroom import ClassroomError
 from course_tasks.classroom.experiment import GOING, HERE, PIDBOX, Experiment, Run
-from course_tasks.tests.plugin import processes, until
-from course_tasks.tests.test_live import free, serving
+from course_tasks.tests.plugin import free_ports, processes, until
+from course_tasks.tests.test_live import serving
 from course_tasks.tests.test_terminal import Kernel
 
 QUICK = {"concurrency": 2, "tasks": 4, "seconds": 0.3}
@@ -71,7 +71,7 @@ def test_a_run_in_every_pool_tells_what_its_tasks_did_and_leaves_nothing(clean, 
     run = experiment.run(pool=pool, kind="wait", **QUICK)
     assert experiment.runs == [run] and len(run.spans) == 4 and run.slots == slots
     assert all(span["seconds"] == 0.3 for span in run.spans)
-    assert 0.98 * 4 * 0.3 / slots < run.wall and 0.2 < run.speedup < 1.02 * slots
+    assert 0.98 * 4 * 0.3 / slots < run.wall and 0.5 < run.speedup < 1.02 * slots
     text = f"{pool}, -c 2, wait 0.3 s: 4 tasks on {slots} slot{'s' * (slots > 1)} took {run.wall:.2f} s, "
     assert repr(run) == f"{text}{run.speedup:.1f} x as fast as one after the other"
     assert f"--pool={pool} --concurrency=2 -Q experiment-" in run.command and run.command in experiment._command.value
@@ -130,7 +130,8 @@ def test_a_setting_that_cannot_be_used_has_one_clear_line(settings, message):
     with pytest.raises(ClassroomError) as raised:
         experiment.run(**settings)
     assert str(raised.value) == message == status(experiment).replace("&#x27;", "'")
-    assert experiment.button.description == "Run" and not experiment._command.value, "no worker was started"
+    assert experiment.button.description == "Run" and not experiment.runs
+    assert not experiment._command.value, "no worker was started"
 
 
 def test_a_click_does_the_same_in_a_thread_and_a_second_run_is_refused(clean, capfd):
@@ -172,14 +173,14 @@ def test_servers_that_are_away_or_go_away_are_said_so(clean, monkeypatch):
     experiment = Experiment()
     for variable, role in (("CELERY_BROKER_URL", "broker"), ("CELERY_RESULT_BACKEND", "backend")):
         with monkeypatch.context() as patch:
-            patch.setenv(variable, f"redis://:secret@127.0.0.1:{free()}/0")
+            patch.setenv(variable, f"redis://:secret@127.0.0.1:{next(free_ports())}/0")
             with pytest.raises(ClassroomError, match=f"^The {role} does not answer. Run %servers first.$"):
                 experiment.run()
             patch.delenv(variable)
             with pytest.raises(ClassroomError, match=f"^The {role} does not answer. Run %servers first.$"):
                 experiment.run()
     with monkeypatch.context() as patch:
-        with serving(port := free()):
+        with serving(port := next(free_ports())):
             patch.setenv("CELERY_BROKER_URL", f"redis://localhost:{port}/0")
             choose(experiment, **LONG)
             experiment.button.click()

@@ -8,6 +8,7 @@ import ast
 import base64
 import hashlib
 import http.server
+import itertools
 import json
 import os
 import re
@@ -31,8 +32,7 @@ from jupyter_client import BlockingKernelClient
 
 from course_tasks import servers
 from course_tasks.install import ROOT, VENV
-from course_tasks.tests.plugin import listens, until
-from course_tasks.tests.test_servers import free_ports
+from course_tasks.tests.plugin import free_ports, listens, until
 
 HOST = sys._base_executable  # a Python outside of any virtual environment
 LINE = re.compile(r"course_tasks: [^\n]+\n")  # all that a user sees of an error
@@ -66,7 +66,7 @@ class Clone:
             ROOT / "course_tasks", root / "course_tasks", ignore=shutil.ignore_patterns("tests", "__pycache__")
         )
         (root / "course_tasks" / "constraints.txt").write_text("")
-        self.ports = free_ports()  # other tests may hold the usual ones
+        self.ports = dict(zip(servers.ROLES, free_ports(), strict=False))  # other tests may hold the usual ones
         module = root / "course_tasks" / "servers.py"
         module.write_text(
             re.sub(r"^DEFAULT_PORTS = .*", f"DEFAULT_PORTS = {self.ports}", module.read_text(), flags=re.M)
@@ -340,7 +340,7 @@ def test_killed_in_the_middle(clone, request):
 
 def test_no_network(clone):
     clone.require("celery==5.7.0")
-    offline = {"PIP_NO_INDEX": "0", "PIP_INDEX_URL": f"http://127.0.0.1:{free_ports()['broker']}/", "PIP_RETRIES": "1"}
+    offline = {"PIP_NO_INDEX": "0", "PIP_INDEX_URL": f"http://127.0.0.1:{next(free_ports())}/", "PIP_RETRIES": "1"}
     code, _, err = clone.run("install", **offline)
     assert code == 1
     assert LINE.fullmatch(err) and "Connect to the network, and run the same command again" in err
@@ -444,10 +444,11 @@ def test_no_server_program(installed, tmp_path):
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
-def test_servers_holds_the_pair_until_it_is_stopped(installed, end):
+def test_servers_holds_the_pair_until_it_is_stopped(installed, end, request):
     server = {"COURSE_REDIS_SERVER": servers.find_server()[0]}
     broker, backend = installed.ports.values()
     process = installed.start("servers", **server)
+    request.addfinalizer(process.kill)  # which does nothing once it has ended
     lines = [process.stdout.readline() for _ in range(3)]
     assert lines == [
         f"Broker:  redis://localhost:{broker}/0\n",
@@ -523,7 +524,7 @@ def test_options_go_to_pytest(tmp_path):
 
 @real
 def test_server_is_one_more_server_in_the_folder_where_it_is_started(tmp_path):
-    port = free_ports()["broker"]
+    port = next(free_ports())
     command = [sys.executable, "-m", "course_tasks", "server", "--port", str(port), "--appendonly", "yes"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -589,7 +590,7 @@ def lab(tmp_path_factory):
     for name in (".bashrc", ".zshrc"):  # as pyenv and conda do it
         (home / name).write_text("export PATH=/somewhere/shims:/usr/bin:/bin:$PATH; export THEIRS=sourced\n")
     shell = next(filter(None, map(shutil.which, ("bash", "zsh"))))
-    broker, backend = free_ports().values()
+    broker, backend = itertools.islice(free_ports(), 2)
     urls = {
         "CELERY_BROKER_URL": f"redis://localhost:{broker}/0",
         "CELERY_RESULT_BACKEND": f"redis://localhost:{backend}/0",

@@ -8,7 +8,6 @@ import fcntl
 import http.server
 import json
 import os
-import random
 import re
 import signal
 import socket
@@ -24,10 +23,12 @@ from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from course_tasks import servers
+from course_tasks.tests.plugin import free_ports, listens
 
 CHILD = """
 import json, os, sys
 from course_tasks import servers
+from course_tasks.tests.plugin import free_ports, listens
 
 servers.DEFAULT_PORTS.update(json.loads(sys.argv[1]))
 
@@ -50,25 +51,6 @@ def eventually(condition, seconds=60.0):
     return bool(holds)
 
 
-def free_ports():
-    """Two ports, free on both loopback addresses, that the kernel gives to no outgoing connection."""
-    found = []
-    while len(found) < 2:
-        port = random.randrange(15000, 32000)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            if not listening("::1", port) and port not in found:
-                found.append(port)
-    return dict(zip(servers.ROLES, found, strict=True))
-
-
-def listening(host, port):
-    try:
-        socket.create_connection((host, port), 5).close()
-    except OSError:
-        return False
-    return True
-
-
 def client(url_or_port):
     url = url_or_port if isinstance(url_or_port, str) else f"redis://127.0.0.1:{url_or_port}/0"
     return Redis.from_url(url, socket_timeout=5, decode_responses=True)
@@ -87,7 +69,7 @@ class Home:
     def __init__(self, path, stack):
         self.path = path
         self.stack = stack
-        self.ports = free_ports()
+        self.ports = dict(zip(servers.ROLES, free_ports(), strict=False))
         self.env = {
             name: value
             for name, value in os.environ.items()
@@ -283,7 +265,7 @@ def test_twenty_starts_at_once_give_one_pair_and_sigkill_of_all_leaves_nothing(h
     for holder in holders:
         holder.kill()
     assert eventually(lambda: not home.processes())
-    assert not any(listening("127.0.0.1", port) for port in home.ports.values())
+    assert not any(listens(port) for port in home.ports.values())
     assert not (home.directory / "pair.json").exists()
 
 
@@ -627,7 +609,7 @@ def test_a_given_server_that_is_too_old_is_refused(home, here, monkeypatch, vers
 
 def test_flush_empties_our_pair_and_refuses_any_other_server(home, here, serve):
     _, pair = home.hold()
-    foreign = serve(free_ports()["broker"])
+    foreign = serve(next(free_ports()))
     url = f"redis://localhost:{foreign.connection_pool.connection_kwargs['port']}/0"
     for server in (foreign, client(pair["broker"]), client(pair["backend"])):
         server.set("key", 1)
@@ -639,7 +621,7 @@ def test_flush_empties_our_pair_and_refuses_any_other_server(home, here, serve):
     servers.flush(pair["broker"], pair["backend"])
     assert client(pair["broker"]).dbsize() == client(pair["backend"]).dbsize() == 0
     with pytest.raises(servers.ServerError, match="is not emptied: Connection refused"):
-        servers.flush(f"redis://localhost:{free_ports()['broker']}/0")
+        servers.flush(f"redis://localhost:{next(free_ports())}/0")
 
 
 def test_urls_asks_no_server_and_reads_at_most_one_file(home, serve):
