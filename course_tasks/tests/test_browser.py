@@ -31,6 +31,7 @@ elif CHROMIUM:
     api = pytest.importorskip("playwright.sync_api", reason="needs `python3 -m course_tasks install --dev`")
 else:
     pytest.skip("needs Chromium", allow_module_level=True)
+api.expect.set_options(timeout=WAIT)
 
 
 class Lab:
@@ -115,7 +116,7 @@ def page(context, lab, request):
     url = lab.url if name == WELCOME else re.sub(r"/lab[^?]*", f"/lab/tree/notebooks/{name}", lab.url)
     page.goto(url + "&reset")  # without what other tests have left open
     # the status bar: the indicator at the top says "idle" before there is a kernel too, and what is run then is lost
-    api.expect(page.locator("#jp-main-statusbar")).to_contain_text("| Idle", timeout=WAIT)
+    api.expect(page.locator("#jp-main-statusbar")).to_contain_text("| Idle")
     yield page
     if folder := os.environ.get("COURSE_SCREENSHOTS"):  # to be looked at
         page.screenshot(path=Path(folder, f"{request.node.name}.png"))
@@ -145,8 +146,8 @@ def pane(page: api.Page, number: int = 0):
 
 def run_all(page: api.Page) -> None:
     menu(page, "Run", "Run All Cells")
-    api.expect(status(page)).to_have_attribute("data-status", "busy", timeout=WAIT)
-    api.expect(status(page)).to_have_attribute("data-status", "idle", timeout=WAIT)
+    api.expect(status(page)).to_have_attribute("data-status", "busy")
+    api.expect(status(page)).to_have_attribute("data-status", "idle")
     page.locator(".jp-WindowedPanel-outer").evaluate("view => view.scrollTop = 0")
 
 
@@ -211,8 +212,8 @@ def test_a_running_pane_follows_and_closing_lab_leaves_no_worker(page, lab):
     )
     page.keyboard.press("Control+Enter")
     log = page.locator("[role=log][aria-label='log of counter']")
-    api.expect(log).to_contain_text("line 1", timeout=WAIT)
-    api.expect(log).to_contain_text("line 12", timeout=WAIT)
+    api.expect(log).to_contain_text("line 1")
+    api.expect(log).to_contain_text("line 12")
     assert (counters := lab.processes("echo line"))
     lab.process.send_signal(signal.SIGTERM)
     assert psutil.wait_procs(counters, timeout=60)[1] == []
@@ -301,7 +302,7 @@ def test_an_experiment_is_done_with_the_keyboard_alone(page, lab):
     page.keyboard.insert_text(EXPERIMENT)
     page.keyboard.press("Control+Enter")
     status = page.locator(".jp-Notebook [role=status]")
-    api.expect(status).to_have_text("Chosen: 10 x wait for 0.2 s, on threads with concurrency 4.", timeout=WAIT)
+    api.expect(status).to_have_text("Chosen: 10 x wait for 0.2 s, on threads with concurrency 4.")
     place = re.search(r"Cell \d+/\d+", page.locator("#jp-main-statusbar").text_content())[0]
     tab_to(page, "prefork")
     page.keyboard.press("Enter")
@@ -316,7 +317,7 @@ def test_an_experiment_is_done_with_the_keyboard_alone(page, lab):
     page.keyboard.press("Control+a")
     page.keyboard.type("0.5")
     tab_to(page, "Run")
-    api.expect(status).to_have_text("Chosen: 8 x wait for 0.5 s, on prefork with concurrency 2.", timeout=WAIT)
+    api.expect(status).to_have_text("Chosen: 8 x wait for 0.5 s, on prefork with concurrency 2.")
     status.locator("xpath=../..").evaluate(WATCH)
     page.keyboard.press("Enter")
     page.wait_for_function("() => window.said.some(line => /[1-6] of 8 tasks done/.test(line))")
@@ -324,14 +325,14 @@ def test_an_experiment_is_done_with_the_keyboard_alone(page, lab):
     assert ticks >= 10, "the page is not frozen"
     page.keyboard.press("Enter")
     over = re.compile(r"^Run 1 is over: \d\.\d\d s, [12]\.\d x, slots used: 2\.$")
-    api.expect(status).to_have_text(over, timeout=WAIT)
+    api.expect(status).to_have_text(over)
     said = page.evaluate("() => window.said")
     assert any("A run is going on. Wait for its end." in line for line in said), said
     assert len({line for line in said if "of 8 tasks done" in line}) >= 3, "the progress is shown"
     assert page.evaluate("() => window.ticks") > ticks
     assert page.evaluate(FOCUSED) == "Run", "the focus stays where it was"
     page.keyboard.press("Space")
-    api.expect(status).to_contain_text("Run 2 is over", timeout=WAIT)
+    api.expect(status).to_contain_text("Run 2 is over")
     picture = page.locator("img[alt*='2: prefork -c 2, wait: 8 tasks on 2 slots']")
     page.wait_for_function("image => image.complete && image.naturalWidth", arg=picture.element_handle())
     api.expect(page.locator(".jp-Notebook .widget-html td").first).to_have_text("1")

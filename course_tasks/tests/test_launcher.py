@@ -532,7 +532,7 @@ def test_server_is_one_more_server_in_the_folder_where_it_is_started(tmp_path):
             assert listens(port) and Path(tmp_path, "appendonlydir").is_dir()
         finally:
             process.terminate()
-            process.communicate(timeout=30)
+            process.communicate(timeout=60)
     assert process.returncode == 0
 
 
@@ -572,7 +572,7 @@ class Lab:
     def get(self, path, data=None):
         """The body of the server's answer; a POST if there is data."""
         headers = {"Authorization": f"token {self.token}"}
-        with urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers), timeout=30) as answer:
+        with urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers), timeout=60) as answer:
             return answer.read().decode()
 
 
@@ -650,7 +650,7 @@ def test_lab_has_the_courses_settings(lab):
 def test_labs_terminal_finds_the_courses_python(lab):
     name = json.loads(lab.get("/api/terminals", b""))["name"]
     address = f"{lab.url.replace('http', 'ws')}/terminals/websocket/{name}?token={lab.token}"
-    with closing(websocket.create_connection(address, timeout=30)) as terminal:
+    with closing(websocket.create_connection(address, timeout=60)) as terminal:
         terminal.send(json.dumps(["stdin", 'echo "<$(command -v celery)|$THEIRS|$CELERY_BROKER_URL>"\r']))
         seen = ""
         while not (found := re.search(r"<(/[^$|]*)\|(\w*)\|(\S*)>", seen)):
@@ -666,10 +666,10 @@ def test_labs_kernel_finds_the_courses_python(lab):
     client.load_connection_file()
     client.start_channels()
     try:
-        client.wait_for_ready(30)
+        # not wait_for_ready: a kernel that is silent for a second is dead to it, on a busy machine too
         code = "import shutil, sys"
         expressions = {"celery": "shutil.which('celery')", "prefix": "sys.prefix"}
-        reply = client.execute(code, user_expressions=expressions, reply=True, timeout=30)
+        reply = client.execute(code, user_expressions=expressions, reply=True, timeout=60)
     finally:
         client.stop_channels()
     found = {name: value["data"]["text/plain"] for name, value in reply["content"]["user_expressions"].items()}

@@ -547,7 +547,7 @@ def test_the_pane_counts_waiting_and_unacknowledged_messages_and_follows(kernel,
     send = partial(app.send_task, "add", (1, 2), connection=connection, ignore_result=True)  # not to ask the backend
     for priority in (0, 4, 9):  # one list each, in Redis
         send(queue="letters", priority=priority)
-    message = connection.SimpleQueue("letters").get(timeout=5)  # as a worker takes it
+    message = connection.SimpleQueue("letters").get(timeout=60)  # as a worker takes it
     take(server, "parcels")
     take(server, "parcels")
     take(server, "elsewhere")

@@ -53,7 +53,7 @@ def eventually(condition, seconds=60.0):
 
 def client(url_or_port):
     url = url_or_port if isinstance(url_or_port, str) else f"redis://127.0.0.1:{url_or_port}/0"
-    return Redis.from_url(url, socket_timeout=5, decode_responses=True)
+    return Redis.from_url(url, socket_timeout=60, decode_responses=True)
 
 
 def answers(*several):
@@ -93,7 +93,7 @@ class Home:
 
     def ask(self, code, **env):
         """Run code to its end and return the last thing that it tells."""
-        out, err = self.child(code, **env).communicate(timeout=30)
+        out, err = self.child(code, **env).communicate(timeout=60)
         assert err == ""
         return json.loads(out.splitlines()[-1])
 
@@ -183,7 +183,7 @@ def serve(tmp_path):
             program = [servers.find_server()[0], "--port", str(port), "--bind", host, "--save", "", *options]
             process = subprocess.Popen(program, cwd=tmp_path, stdout=subprocess.DEVNULL)
             stack.callback(end, process)
-            server = stack.enter_context(Redis(host, port, password=password, socket_timeout=5, decode_responses=True))
+            server = stack.enter_context(Redis(host, port, password=password, socket_timeout=60, decode_responses=True))
             assert eventually(lambda: answers(server))
             return server
 
