@@ -145,6 +145,13 @@ def test_a_chapter_follows_the_template(path):
     assert cells(path, "code")[-1].source.startswith("%stop"), "a chapter stops its workers at its end"
 
 
+def test_readme_and_chapter_00_have_the_same_table_of_all_chapters():
+    row = re.compile(r"(?m)^\| \[(.+)\]\((?:notebooks/)?(\S+)\) \| (.+) \|$")
+    readme, welcome = row.findall(prose(record.ROOT / "README.md")), row.findall(prose(PATHS[0]))
+    assert readme == welcome
+    assert [name for _, name, _ in readme] == [path.name for path in PATHS]
+
+
 def test_every_chapter_opens_with_the_same_cell_which_knows_the_wrong_python():
     [source] = {tagged(path)["setup"].source for path in PATHS}
     python, _, magics = source.partition("%")
