@@ -222,6 +222,7 @@ def test_a_running_pane_follows_and_closing_lab_leaves_no_worker(page, lab):
         lab.process.wait(60)
     except subprocess.TimeoutExpired:
         lab.process.kill()  # the tests to come need one that is not half closed
+        lab.process.wait()
         pytest.fail(f"Lab does not end. It said:\n{''.join(lab.said)}")
 
 
