@@ -219,11 +219,11 @@ class Journey:
             events = self._about()
             ended = self._ended()
         [sent] = self._sent
+        sent["when"] = min([sent["when"], *map(WHEN, events)])  # the signal may come after a worker has the message
         self._end = time.time() - sent["when"]
         self._steps = [Step("sent", 0.0, f"by the client, to queue {sent['queue']!r}")]
         for event in events:
-            when = max(0.0, event["timestamp"] - sent["when"])  # the signal may come after the worker has the message
-            step = Step(event["type"][5:], when, f"by worker {event['hostname']}")
+            step = Step(event["type"][5:], event["timestamp"] - sent["when"], f"by worker {event['hostname']}")
             if eta := event.get("eta"):
                 due = max(0.0, datetime.fromisoformat(eta).timestamp() - sent["when"])
                 step.where += f", to be started at {due:+.3f} s"

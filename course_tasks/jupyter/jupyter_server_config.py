@@ -4,6 +4,7 @@ What can be changed in Lab's menus is in labconfig/default_setting_overrides.jso
 """
 
 import os
+import threading
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -24,3 +25,18 @@ if shell.endswith("/bash"):
 elif shell.endswith("/zsh"):
     variables = [f"ZDOTDIR={HERE / 'zsh'}", f"USER_ZDOTDIR={os.environ.get('ZDOTDIR', Path.home())}"]
     c.ServerApp.terminado_settings = {"shell_command": ["env", *variables, shell]}
+
+
+def release_threads() -> None:
+    """When the main thread has ended, end the threads that AnyIO has made for it.
+
+    JupyterLab stops without waiting for the requests that are under way. A thread that works for one of them is never
+    told, and the process would wait for it for ever (jupyterlab's issue 10442).
+    """
+    threading.main_thread().join()
+    for thread in threading.enumerate():
+        if thread.name == "AnyIO worker thread":
+            thread.stop()
+
+
+threading.Thread(target=release_threads, name="release_threads", daemon=True).start()

@@ -1,5 +1,7 @@
 """The course in a real browser: JupyterLab as `lab` starts it, the chapters as a learner goes through them."""
 
+import contextlib
+import http.client
 import json
 import os
 import re
@@ -8,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -70,6 +73,20 @@ class Lab:
         """The saved chapter's code cells."""
         notebook = json.loads((self.notebooks / name).read_text())
         return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+    def ask_on(self) -> None:
+        """Have requests under way from now on, until Lab answers no more: it must end in the midst of them."""
+        url = re.sub(r"/lab[^?]*", "/api/contents/notebooks", self.url)
+        answered = threading.Event()
+
+        def ask():
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                while urllib.request.urlopen(url, timeout=60).read():
+                    answered.set()
+
+        for _ in range(4):
+            threading.Thread(target=ask, daemon=True).start()
+        assert answered.wait(60)
 
     def processes(self, text: str) -> list[psutil.Process]:
         """What Lab's notebooks have started with `text` in its command line."""
@@ -216,6 +233,7 @@ def test_a_running_pane_follows_and_closing_lab_leaves_no_worker(page, lab):
     api.expect(log).to_contain_text("line 1")
     api.expect(log).to_contain_text("line 12")
     assert (counters := lab.processes("echo line"))
+    lab.ask_on()
     lab.process.send_signal(signal.SIGTERM)
     assert psutil.wait_procs(counters, timeout=60)[1] == []
     try:
