@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -75,13 +74,16 @@ class Lab:
         return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
 
     def ask_on(self) -> None:
-        """Have requests under way from now on, until Lab answers no more: it must end in the midst of them."""
-        url = re.sub(r"/lab[^?]*", "/api/contents/notebooks", self.url)
+        """Have requests under way from now on, until Lab answers no more, on connections that stay open as a page's."""
+        where = urlsplit(self.url)
         answered = threading.Event()
 
         def ask():
+            connection = http.client.HTTPConnection(where.netloc, timeout=60)
             with contextlib.suppress(OSError, http.client.HTTPException):
-                while urllib.request.urlopen(url, timeout=60).read():
+                while True:
+                    connection.request("GET", f"/api/contents/notebooks?{where.query}")
+                    assert "content" in json.load(connection.getresponse())
                     answered.set()
 
         for _ in range(4):
@@ -233,7 +235,7 @@ def test_a_running_pane_follows_and_closing_lab_leaves_no_worker(page, lab):
     api.expect(log).to_contain_text("line 1")
     api.expect(log).to_contain_text("line 12")
     assert (counters := lab.processes("echo line"))
-    lab.ask_on()
+    lab.ask_on()  # what is under way holds nothing up
     lab.process.send_signal(signal.SIGTERM)
     assert psutil.wait_procs(counters, timeout=60)[1] == []
     try:
