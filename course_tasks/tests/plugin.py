@@ -13,14 +13,17 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import nbformat
 import nbval.kernel
+import nbval.plugin
 import psutil
 import pytest
-from nbval.plugin import IPyNbCell
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 from redis import Redis
 from xdist.scheduler import LoadScopeScheduling
 
-from course_tasks import record, servers
+from course_tasks import exercises, record, servers
 
 STACK = pytest.StashKey[contextlib.ExitStack]()
 PAIR = pytest.StashKey[servers.Pair]()
@@ -66,14 +69,12 @@ def pytest_sessionfinish(session) -> None:
 
 
 class Scheduling(LoadScopeScheduling):
-    """A file's tests run in one process, but a chapter may be run through beside another one.
+    """A file's tests run in one process, those that run chapters in the browser in one of their own.
 
-    In the browser all chapters are run by one process: JupyterLab's scripts are compiled once, then.
+    There JupyterLab's scripts are compiled once.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        if "test_run_all_by" in nodeid:
-            return nodeid
         return nodeid.partition("[")[0] if "test_run_all_in" in nodeid else super()._split_scope(nodeid)
 
 
@@ -86,7 +87,7 @@ def pytest_xdist_make_scheduler(config, log) -> Scheduling:
 LONGEST = (
     "test_run_all_in",
     "test_launcher",
-    "test_run_all_by",
+    "ipynb::",
     "test_browser",
     "test_terminal",
     "test_correlation",
@@ -99,17 +100,107 @@ def pytest_collection_modifyitems(items) -> None:
 
     nbval waits 5 s for a cell's outputs after its end and has no option for it: a busy machine needs more.
     """
-    sizes = {path.stem: path.stat().st_size for path in record.NOTEBOOKS.glob("*.ipynb")}
 
     def rank(item) -> tuple[int, int]:
         place = next((at for at, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST))
-        chapter = re.search(r"test_run_all_by\w+\[(.*)\]", item.nodeid)
-        return place, -sizes[chapter[1]] if chapter else 0
+        return place, -item.path.stat().st_size if item.path.suffix == ".ipynb" else 0
 
     items.sort(key=rank)
     for item in items:
-        if isinstance(item, IPyNbCell):
+        if isinstance(item, nbval.plugin.IPyNbCell):
             item.output_timeout = 60
+
+
+def chapter(path: Path) -> str:
+    """What a chapter's exercises begin with: "01" or "01b"."""
+    return path.stem.partition("_")[0]
+
+
+def cells(path: Path, kind: str) -> list[nbformat.NotebookNode]:
+    """A notebook's cells of a kind, "code" or "markdown"."""
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == kind]
+
+
+def tagged(path: Path) -> dict[str, nbformat.NotebookNode]:
+    """The cells that have a tag, by tag."""
+    found = {}
+    for cell in nbformat.read(path, as_version=4).cells:
+        for tag in cell.metadata.get("tags", []):
+            assert tag.startswith(("raises-", "wait-", "nbval-")) or tag not in found, f"two cells are tagged {tag}"
+            found[tag] = cell
+    return found
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """Let a learner come after nbval's cells, in the course's own notebooks."""
+    report = yield
+    if isinstance(collector, nbval.plugin.IPyNbFile) and collector.path.parent == record.NOTEBOOKS and report.passed:
+        report.result.append(LearnerTriesEverything.from_parent(collector, name="a learner"))
+    return report
+
+
+class LearnerTriesEverything(pytest.Item):
+    """Run the chapter for the second time in nbval's kernel, as Run All does, where a failed cell ends it.
+
+    The outputs are the stored ones. Each answer is judged where it is asked for: left open, then each of the wrong
+    ones, then the printed solution. The broker is left as it was.
+    """
+
+    def runtest(self) -> None:
+        """Raise AssertionError or pytest's Failed where the chapter does not do so."""
+        notebook = nbformat.read(self.path, as_version=4)
+        tags, judged = tagged(self.path), dict(exercises.all_of(chapter(self.path)))
+        client = NotebookClient(
+            nbformat.read(self.path, as_version=4), km=self.parent.kernel.km, timeout=record.CELL_TIMEOUT
+        )
+        client.start_new_kernel_client()
+
+        def run(cell: nbformat.NotebookNode, source: str | None = None) -> nbformat.NotebookNode:
+            """Run a cell, or something in its place; the cell with its outputs."""
+            index = next(index for index, other in enumerate(notebook.cells) if other.id == cell.id)
+            client.nb.cells[index].source = source or cell.source
+            try:
+                return client.execute_cell(client.nb.cells[index], index)
+            except CellExecutionError as error:
+                pytest.fail(f"{cell.id} ends the learner's Run All: {error}")
+
+        def verdict(check: nbformat.NotebookNode) -> str:
+            return "".join(output.get("text", "") for output in run(check).outputs)
+
+        # what follows a log or a queue would change outputs later on
+        client.kc.execute("import os; os.environ['COURSE_RECORDING'] = '1'", silent=True)
+        for cell in cells(self.path, "code"):
+            again = run(cell)
+            if "setup" not in cell.metadata.get("tags", []):  # where IPython says that the extension is loaded
+                assert record.comparable(again) == record.comparable(cell), f"{cell.id}, run for the second time"
+            [name] = [tag[6:] for tag in cell.metadata.get("tags", []) if tag.startswith("check-")] or [None]
+            if name is None:
+                continue
+            place, exercise = tags[f"exercise-{name}"], judged.pop(name)
+            assert verdict(cell).startswith(f"☐ {name}")
+            for wrong, reason in exercise.wrong.items():
+                run(place, wrong)
+                assert (said := verdict(cell)).startswith(f"✘ {name}: ") and reason in said, (wrong, said)
+            [solution] = re.findall(r"(?s)```python\n(.*?)```", tags[f"solution-{name}"].source)
+            run(place, solution)
+            assert verdict(cell).startswith(f"✔ {name}"), f"the printed solution of {name} is refused"
+        assert not judged, "an exercise that the chapter does not ask"
+
+        client.kc.stop_channels()
+        self.parent.kernel.stop()
+        with Redis.from_url(self.config.stash[PAIR].broker) as broker:
+            kept = [key for key in broker.scan_iter() if not key.startswith(b"_kombu.binding")]
+            assert kept == [], "left in the broker"
+
+    def reportinfo(self):
+        """Where it is, and its heading in a report."""
+        return self.path, None, f"{self.path.name}: {self.name}"
+
+    def repr_failure(self, excinfo):
+        """What pytest shows: it begins here, not in pytest's own lines."""
+        excinfo.traceback = excinfo.traceback.cut(path=Path(__file__))
+        return super().repr_failure(excinfo)
 
 
 @pytest.fixture

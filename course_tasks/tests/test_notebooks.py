@@ -9,10 +9,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient.exceptions import CellExecutionError
-from redis import Redis
 
 from course_tasks import exercises, record
+from course_tasks.tests.plugin import cells, chapter, tagged
 
 PATHS = sorted(record.NOTEBOOKS.glob("*.ipynb"))
 TEXTS = [*PATHS, record.ROOT / "README.md"]
@@ -24,30 +23,11 @@ def chapters():
     return pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
 
-def chapter(path: Path) -> str:
-    """What a chapter's exercises begin with: "01" or "01b"."""
-    return path.stem.partition("_")[0]
-
-
-def cells(path: Path, kind: str) -> list[nbformat.NotebookNode]:
-    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == kind]
-
-
 def prose(path: Path) -> str:
     """A notebook's markdown, or a text file's."""
     if path.suffix != ".ipynb":
         return path.read_text()
     return "\n\n".join(cell.source for cell in cells(path, "markdown"))
-
-
-def tagged(path: Path) -> dict[str, nbformat.NotebookNode]:
-    """The cells that have a tag, by tag."""
-    found = {}
-    for cell in nbformat.read(path, as_version=4).cells:
-        for tag in cell.metadata.get("tags", []):
-            assert tag.startswith(("raises-", "wait-", "nbval-")) or tag not in found, f"two cells are tagged {tag}"
-            found[tag] = cell
-    return found
 
 
 @chapters()
@@ -173,53 +153,3 @@ def test_every_exercise_has_its_cells_and_two_wrong_answers(path):
         assert tags[f"check-{name}"].source == f'check("{name}", answer)'
         assert len(re.findall(r"(?s)```python\n.*?```", tags[f"solution-{name}"].source)) == 1
         assert len(exercise.wrong) >= 2 and len(set(exercise.wrong.values())) == len(exercise.wrong)
-
-
-@chapters()
-def test_run_all_by_a_learner_who_tries_everything_and_then_runs_all_again(path, pair, monkeypatch):
-    """Run the chapter as Run All does, where a failed cell ends it, and judge every answer where it is asked for.
-
-    Each exercise is left open, then given each of its wrong answers, then its printed solution. After that the same
-    kernel runs the chapter as it stands: the outputs are the stored ones, and the broker is left as it was.
-    """
-    monkeypatch.setenv("COURSE_RECORDING", "1")  # what follows a log or a queue would change outputs later on
-    notebook = nbformat.read(path, as_version=4)
-    tags = tagged(path)
-    judged = set()
-
-    with record.executing(nbformat.read(path, as_version=4)) as client:
-
-        def run(cell: nbformat.NotebookNode, source: str | None = None) -> nbformat.NotebookNode:
-            """Run a cell, or something in its place; the cell with its outputs."""
-            index = next(index for index, other in enumerate(notebook.cells) if other.id == cell.id)
-            client.nb.cells[index].source = source or cell.source
-            try:
-                return client.execute_cell(client.nb.cells[index], index)
-            except CellExecutionError as error:
-                pytest.fail(f"{cell.id} ends the learner's Run All: {error}")
-
-        def verdict(check: nbformat.NotebookNode) -> str:
-            return "".join(output.get("text", "") for output in run(check).outputs)
-
-        for cell in cells(path, "code"):
-            [name] = [tag[6:] for tag in cell.metadata.get("tags", []) if tag.startswith("check-")] or [None]
-            if name is None:
-                run(cell)
-                continue
-            judged.add(name)
-            place = tags[f"exercise-{name}"]
-            assert verdict(cell).startswith(f"☐ {name}")
-            for wrong, reason in exercises.all_of(chapter(path))[name].wrong.items():
-                run(place, wrong)
-                assert (said := verdict(cell)).startswith(f"✘ {name}: ") and reason in said, (wrong, said)
-            [solution] = re.findall(r"(?s)```python\n(.*?)```", tags[f"solution-{name}"].source)
-            run(place, solution)
-            assert verdict(cell).startswith(f"✔ {name}"), f"the printed solution of {name} is refused"
-        assert judged == set(exercises.all_of(chapter(path)))
-
-        for cell in cells(path, "code"):
-            again = run(cell)
-            if "setup" not in cell.metadata.get("tags", []):  # where IPython says that the extension is loaded
-                assert record.comparable(again) == record.comparable(cell), f"{cell.id}, run for the second time"
-    with Redis.from_url(pair.broker) as broker:
-        assert [key for key in broker.scan_iter() if not key.startswith(b"_kombu.binding")] == [], "left in the broker"
