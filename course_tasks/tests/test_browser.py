@@ -247,9 +247,9 @@ def test_a_running_pane_follows_and_closing_lab_leaves_no_worker(page, lab):
 
 
 # A browser costs a test more than the chapter itself does. So only the first chapter with a live view of each kind is
-# run in it, if not all are asked for; that they run to their ends, test_notebooks.py shows for all.
+# run in it, if not all are asked for; that they run to their ends, nbval shows for all. Experiment has its own test.
 CHAPTERS = {path.name: path.read_text() for path in sorted(record.NOTEBOOKS.glob("*.ipynb")) if path.name != WELCOME}
-LIVE = ("BrokerView(", "Journey(", "import IntProgress", "Experiment(")
+LIVE = ("BrokerView(", "Journey(", "import IntProgress")
 FIRST = {next(name for name, text in CHAPTERS.items() if view in text) for view in LIVE}
 SHOWN = sorted(CHAPTERS if os.environ.get("COURSE_BROWSER") == "all" else FIRST)
 
