@@ -144,8 +144,9 @@ def until(running: subprocess.Popen, pattern: str) -> None:
     Raises:
         SystemExit: it ended with an error, so that nothing was measured.
     """
-    patience, line = threading.Timer(60, running.kill), ""
+    patience = threading.Timer(60, os.killpg, [running.pid, signal.SIGKILL])  # its children hold the pipe, too
     patience.start()
+    line = ""
     found = any(re.search(pattern, plain((line := text).rstrip())) for text in running.stdout)
     patience.cancel()
     if not found and running.wait():
@@ -276,8 +277,8 @@ def stopped(running: dict[str, subprocess.Popen], names: list[str], kill: bool =
 
 
 def tested(path: Path, report: Path) -> float:
-    """Seconds that pytest spends on the notebook's cells, its own start left out."""
-    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", path]
+    """Seconds that pytest spends on the notebook's cells in nbval, its own start and the learner left out."""
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "Cell", f"--junitxml={report}", path]
     subprocess.run(command, cwd=record.ROOT, check=True, stdout=subprocess.DEVNULL)
     return sum(float(case.get("time")) for case in ElementTree.parse(report).iter("testcase"))
 

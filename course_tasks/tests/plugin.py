@@ -149,19 +149,17 @@ class LearnerTriesEverything(pytest.Item):
 
     def runtest(self) -> None:
         """Raise AssertionError or pytest's Failed where the chapter does not do so."""
-        notebook = nbformat.read(self.path, as_version=4)
         tags, judged = tagged(self.path), dict(exercises.all_of(chapter(self.path)))
-        client = NotebookClient(
-            nbformat.read(self.path, as_version=4), km=self.parent.kernel.km, timeout=record.CELL_TIMEOUT
-        )
+        notebook = nbformat.read(self.path, as_version=4)
+        client = NotebookClient(notebook, km=self.parent.kernel.km, timeout=record.CELL_TIMEOUT)
         client.start_new_kernel_client()
 
         def run(cell: nbformat.NotebookNode, source: str | None = None) -> nbformat.NotebookNode:
             """Run a cell, or something in its place; the cell with its outputs."""
             index = next(index for index, other in enumerate(notebook.cells) if other.id == cell.id)
-            client.nb.cells[index].source = source or cell.source
+            notebook.cells[index].source = source or cell.source
             try:
-                return client.execute_cell(client.nb.cells[index], index)
+                return client.execute_cell(notebook.cells[index], index)
             except CellExecutionError as error:
                 pytest.fail(f"{cell.id} ends the learner's Run All: {error}")
 
