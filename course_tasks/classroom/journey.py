@@ -106,9 +106,9 @@ class Journey:
             # kombu's channels share a dictionary of queues: one that closes while another begins to listen may fail,
             # and leave its connections open
             self._thread.join(LEAVE)
-            # an answer sent in the moment in which its queue was given up makes that queue again, for ever
+            # an answer that comes when nobody waits for it any more stays in its queue for ever
             with contextlib.suppress(Exception), self._channel() as channel:
-                channel.client.delete(self._client.control.mailbox.reply_queue.name)
+                channel.client.delete(self._answers)
         if len(self._sent) != 1 and kind is None:
             raise ClassroomError(self._trouble())
 
@@ -172,22 +172,26 @@ class Journey:
         A worker is known by the queue that it has for orders. It makes that when it starts, and may listen to it a
         moment after "ready." only, so those that don't answer are told again.
         """
-        mailbox = self._client.control.mailbox
-        suffix = f".{mailbox.namespace}.pidbox"
-        answered, start, pause = set(), time.monotonic(), 0.05
-        while (passed := time.monotonic() - start) < ANSWER:
-            bound = {row[-1] for row in channel.get_table(f"{mailbox.namespace}.pidbox")}
-            missing = {name.removesuffix(suffix) for name in bound if name.endswith(suffix)} - answered
-            if missing:
-                replies = self._client.control.enable_events(
-                    destination=sorted(missing), reply=True, timeout=min(pause, ANSWER - passed), limit=len(missing)
-                )
-                answered.update(name for reply in replies or () for name in reply)
-                pause *= 2
-            elif answered or passed > 0.3:
-                break
-            else:
-                time.sleep(0.02)
+        with self._client.connection_or_acquire() as connection:
+            # one for all orders, as each mailbox has a queue of its own for the answers; and not control's, which a
+            # later order's mailbox would be a copy of, with this queue's name but another address on the answers
+            mailbox = self._client.control.mailbox(connection)
+            self._answers = mailbox.reply_queue.name
+            suffix = f".{mailbox.namespace}.pidbox"
+            answered, start, pause = set(), time.monotonic(), 0.05
+            while (passed := time.monotonic() - start) < ANSWER:
+                bound = {row[-1] for row in channel.get_table(f"{mailbox.namespace}.pidbox")}
+                missing = {name.removesuffix(suffix) for name in bound if name.endswith(suffix)} - answered
+                if missing:
+                    replies = mailbox.call(sorted(missing), "enable_events", timeout=min(pause, ANSWER - passed))
+                    late = itertools.chain(*mailbox.unclaimed.values())  # answers to the orders before this one
+                    answered.update(name for reply in [*replies, *late] for name in reply)
+                    mailbox.unclaimed.clear()
+                    pause *= 2
+                elif answered or passed > 0.3:
+                    break
+                else:
+                    time.sleep(0.02)
         self._workers = answered | missing
 
     def _published(self, sender=None, headers=None, routing_key=None, **_) -> None:
