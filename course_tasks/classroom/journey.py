@@ -106,7 +106,7 @@ class Journey:
             # kombu's channels share a dictionary of queues: one that closes while another begins to listen may fail,
             # and leave its connections open
             self._thread.join(LEAVE)
-            # an answer that comes when nobody waits for it any more stays in its queue for ever
+            # an answer sent in the moment in which its queue was given up makes that queue again, for ever
             with contextlib.suppress(Exception), self._channel() as channel:
                 channel.client.delete(self._answers)
         if len(self._sent) != 1 and kind is None:
@@ -173,8 +173,8 @@ class Journey:
         moment after "ready." only, so those that don't answer are told again.
         """
         with self._client.connection_or_acquire() as connection:
-            # one for all orders, as each mailbox has a queue of its own for the answers; and not control's, which a
-            # later order's mailbox would be a copy of, with this queue's name but another address on the answers
+            # One for all orders: each mailbox has a queue of its own for the answers. Not control's own: once that has
+            # a queue, the copies of it that later orders use would wait there, and have the answers sent elsewhere.
             mailbox = self._client.control.mailbox(connection)
             self._answers = mailbox.reply_queue.name
             suffix = f".{mailbox.namespace}.pidbox"

@@ -202,13 +202,14 @@ def test_a_task_was_sent_no_later_than_its_worker_received_it(workers, client):
 
 def test_an_answer_that_comes_too_late_is_not_left_in_the_broker_and_a_later_order_is_answered():
     with (
-        working(NOBODY, "--pool=threads", "-c", "1", "--without-mingle") as worker,
+        working(NOBODY, "--pool=threads", "-c", "1", "--without-mingle"),
         connected(NOBODY) as client,
+        Redis.from_url(broker(NOBODY)) as server,
     ):
-        worker.send_signal(signal.SIGSTOP)
-        with Journey(client, LONG):
-            worker.send_signal(signal.SIGCONT)  # it is told now that it was to send events, and answers
+        with Journey(client, LONG) as journey:
             client.send_task("add", args=(4, 5)).get(timeout=60)
+            # a worker does so that has looked up where to send it just before the queue was given up
+            server.lpush(journey._answers, "late")
         assert [list(answer.values()) for answer in client.control.ping(timeout=60, limit=1)] == [[{"ok": "pong"}]]
 
 
