@@ -22,6 +22,7 @@ import nbformat
 import psutil
 
 from course_tasks import record, servers
+from course_tasks.classroom import free_port
 from course_tasks.classroom.terminal import READY, plain, prepared
 
 ROUNDS = 2  # of what takes seconds; the best counts, as the others have met somebody else's work
@@ -179,15 +180,6 @@ def lab(*command: str) -> float:
                 continue
             return time.monotonic() - start
     raise SystemExit("JupyterLab did not answer within 60 s")
-
-
-def free_port() -> int:
-    """A TCP port that nothing listens on at the moment."""
-    import socket
-
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def worker_in_a_shell() -> float:

@@ -1,9 +1,13 @@
 """What a notebook loads with `%load_ext course_tasks.classroom`: the terminal cell, `%servers`, and `check`."""
 
+import contextlib
+import random
+import socket
+
 from course_tasks import servers
 from course_tasks.exercises import check
 
-__all__ = ["ClassroomError", "check", "load_ipython_extension"]
+__all__ = ["ClassroomError", "check", "free_port", "load_ipython_extension"]
 
 
 class ClassroomError(Exception):
@@ -11,6 +15,21 @@ class ClassroomError(Exception):
 
     def _render_traceback_(self) -> list[str]:
         return [str(self)]
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that was free a moment ago.
+
+    It is not one of those from 32768 on that the system gives to outgoing connections, or it might be taken before it
+    is used.
+
+    Raises:
+        ClassroomError: there is none.
+    """
+    for port in random.sample(range(15000, 32000), 1000):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise ClassroomError("This machine has no free TCP port from 15000 to 32000. Stop what listens there.")
 
 
 def load_ipython_extension(ipython) -> None:

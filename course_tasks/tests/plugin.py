@@ -132,6 +132,16 @@ def tagged(path: Path) -> dict[str, nbformat.NotebookNode]:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """Show what a failed cell wrote: nbval says of a stream that was not expected only that there is one."""
+    report = yield
+    if report.failed and isinstance(item, nbval.plugin.IPyNbCell):
+        written = "".join(output.get("text", "") for output in item.test_outputs or ())
+        report.sections.append(("What the cell wrote", written))
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
     """Let a learner come after nbval's cells, in the course's own notebooks."""
     report = yield

@@ -1,8 +1,9 @@
-"""`check` in the cases that no chapter's exercises show."""
+"""`check` in the cases that no chapter's exercises show, and `free_port`."""
 
 import pytest
 
-from course_tasks.exercises import check
+from course_tasks.classroom import check, free_port
+from course_tasks.tests.plugin import listens
 
 
 class Hostile:
@@ -32,3 +33,9 @@ def test_check_prints_one_line_and_never_raises(capsys, exercise, answer, start)
     check(exercise, answer() if answer is Hostile else answer)
     printed = capsys.readouterr().out
     assert printed.startswith(start) and printed.count("\n") == 1
+
+
+def test_a_free_port_is_nobody_s_and_not_one_that_a_connection_may_get():
+    port = free_port()
+    assert not listens(port)
+    assert port < 32768  # where Linux begins, and other systems later
