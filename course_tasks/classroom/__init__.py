@@ -1,4 +1,4 @@
-"""What a notebook loads with `%load_ext course_tasks.classroom`: the terminal cell, `%servers`, and `check`."""
+"""What a notebook loads: the magics (`%load_ext course_tasks.classroom`), `check` and `free_port`."""
 
 import contextlib
 import random

@@ -4,7 +4,6 @@ Loaded by the `-p` in pyproject.toml, so that `pytest` on a test, on a notebook 
 """
 
 import contextlib
-import random
 import re
 import signal
 import socket
@@ -24,6 +23,7 @@ from redis import Redis
 from xdist.scheduler import LoadScopeScheduling
 
 from course_tasks import exercises, record, servers
+from course_tasks.classroom import free_port
 
 STACK = pytest.StashKey[contextlib.ExitStack]()
 PAIR = pytest.StashKey[servers.Pair]()
@@ -245,12 +245,13 @@ def listens(port: int, host: str = "127.0.0.1") -> bool:
 
 
 def free_ports() -> Iterator[int]:
-    """Ports, no two alike, free on both loopback addresses, that the system gives to no outgoing connection."""
-    for port in random.sample(range(15000, 32000), 1000):
-        with contextlib.suppress(OSError):
-            socket.create_server(("127.0.0.1", port)).close()
-            if not listens(port, "::1"):
-                yield port
+    """Ports as `free_port` gives them, no two alike, and free on the IPv6 loopback address too."""
+    given = set()
+    while True:
+        port = free_port()
+        if port not in given and not listens(port, "::1"):
+            given.add(port)
+            yield port
 
 
 def _empty(pair: servers.Pair) -> None:
