@@ -93,9 +93,16 @@ def main(arguments: list[str]) -> int:
     return 0 if all(met) else 1
 
 
-def best(*measures, rounds: int = ROUNDS) -> list[float]:
-    """The shortest of several rounds of each measure, taken in turns, in seconds."""
-    return [min(times) for times in zip(*([measure() for measure in measures] for _ in range(rounds)), strict=True)]
+def best(*measures) -> list[float]:
+    """The shortest of several rounds of each measure, taken in turns, in seconds.
+
+    There are ROUNDS, and more until they have taken a minute: other work on the machine weighs more on what is short.
+    """
+    rounds: list[list[float]] = []
+    start = time.monotonic()
+    while len(rounds) < ROUNDS or time.monotonic() < start + 60:
+        rounds.append([measure() for measure in measures])
+    return [min(times) for times in zip(*rounds, strict=True)]
 
 
 @contextmanager
@@ -219,6 +226,7 @@ def floor(path: Path) -> float:
     code = (cell.source for cell in notebook.cells if cell.cell_type == "code" and not cell.source.startswith("%%"))
     imports = re.findall(r"^(?:import|from) (?!course_tasks).*", "\n".join(code), re.MULTILINE)
     imports = [f"try: {line}\nexcept ImportError: pass" for line in imports]  # of a file that the notebook writes
+    imports.append("import redis")  # which Celery's client does when it first sends
     start = time.monotonic()
     with record.executing(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("\n".join(imports))])) as client:
         client.execute_cell(client.nb.cells[0], 0)
