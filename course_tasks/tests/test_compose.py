@@ -2,11 +2,11 @@
 
 import contextlib
 import importlib
+import itertools
 import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +20,7 @@ from redis import Redis
 from redis.exceptions import ConnectionError
 
 from course_tasks import servers
+from course_tasks.tests.plugin import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "docker-compose.yml"
@@ -134,8 +135,7 @@ def test_the_workers_image_is_pinned_and_not_roots(compose):
 @pytest.fixture
 def services(tmp_path) -> dict:
     """The services, for this machine."""
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
-        broker, backend = one.getsockname()[1], other.getsockname()[1]
+    broker, backend = itertools.islice(free_ports(), 2)
     new = {"/data": tmp_path, "6379": broker, "6380": backend, "//redis-broker": "//127.0.0.1"}
     new["//redis-backend"] = new["//redis-broker"]
     text = re.sub("|".join(new), lambda found: str(new[found[0]]), FILE.read_text())
