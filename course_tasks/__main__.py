@@ -8,8 +8,6 @@ Usage: python3 -m course_tasks COMMAND [options]
   servers            start the broker and the backend, print their URLs and keep them running until Ctrl-C
   server [options]   run one more server in this terminal; the options are Redis's, e.g. --port 6390
   doctor             say what this machine has, what is missing, and what to do about it
-  record [options]   run notebooks and store their outputs in them
-  bench [options]    measure the course against its aims
 
   --help, --version  this text; the version of the course
 
@@ -31,7 +29,6 @@ import sys
 from pathlib import Path
 
 OLDEST, NEWEST = (3, 11), (3, 13)  # the Pythons that the course is tested with
-OWN_HELP = ("record", "bench")  # they answer --help themselves
 
 
 def complain(text, code=1):
@@ -93,19 +90,7 @@ def server(options):
     os.execv(path, [path, "--logfile", "/dev/stdout", *options])  # with a log file named, it draws no logo
 
 
-def record(options):
-    from course_tasks import record
-
-    return record.main(options)
-
-
-def bench(options):
-    from course_tasks import bench
-
-    return bench.main(options)
-
-
-IN_VENV = {"lab": lab, "test": test, "servers": servers, "record": record, "bench": bench}
+IN_VENV = {"lab": lab, "test": test, "servers": servers}
 COMMANDS = [*IN_VENV, "install", "doctor", "server"]
 
 
@@ -144,7 +129,7 @@ def main(argv):
         return complain(too_old())
     command, options = (argv[0], argv[1:]) if argv else ("--help", [])
     before_dashes = options[: options.index("--")] if "--" in options else options
-    asks_help = command not in OWN_HELP and {"-h", "--help"}.intersection(before_dashes)
+    asks_help = {"-h", "--help"}.intersection(before_dashes)
     if command in ("-h", "--help") or (command in COMMANDS and asks_help):
         return print(__doc__.strip())
     if command == "--version":

@@ -5,16 +5,11 @@ import random
 import socket
 
 from course_tasks import servers
+from course_tasks.classroom.errors import ClassroomError
+from course_tasks.classroom.terminal import TerminalMagics
 from course_tasks.exercises import check
 
 __all__ = ["ClassroomError", "check", "free_port", "load_ipython_extension"]
-
-
-class ClassroomError(Exception):
-    """What went wrong in the classroom, for the learner: shown as this text alone, with no traceback."""
-
-    def _render_traceback_(self) -> list[str]:
-        return [str(self)]
 
 
 def free_port() -> int:
@@ -34,8 +29,6 @@ def free_port() -> int:
 
 def load_ipython_extension(ipython) -> None:
     """Register the course's magics with a running IPython (IPython calls this)."""
-    from course_tasks.classroom.terminal import TerminalMagics
-
     ipython.register_magics(TerminalMagics)
     ipython.register_magic_function(_servers, "line", "servers")
 

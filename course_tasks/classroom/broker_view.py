@@ -14,8 +14,8 @@ from kombu.utils.url import maybe_sanitize_url
 from redis import Redis
 from redis.exceptions import AuthenticationError, ConnectionError, RedisError, TimeoutError
 
-from course_tasks.classroom import ClassroomError
-from course_tasks.classroom.terminal import BACKGROUND, FOREGROUND
+from course_tasks.classroom.drawing import pane
+from course_tasks.classroom.errors import ClassroomError
 
 INTERVAL = 0.25  # seconds between two looks at the broker
 TIMEOUT = 1.0  # seconds until a broker that is silent counts as away
@@ -169,13 +169,8 @@ class BrokerView:
         rows = [html.escape(line) for line in lines]
         for at, past in enumerate(pasts):
             rows[at] += f'   <span aria-hidden="true" style="color:#8ab8ff">{past}</span>'
-        ground = f"background-color:{BACKGROUND};color:{FOREGROUND};"
-        pane = (
-            f'<div style="{ground}border-radius:6px;padding-bottom:6px">'
-            f'<div style="padding:4px 10px"><b>{html.escape(title)}</b>'
-            f'<span aria-hidden="true"> (blocks: waiting in the last {HISTORY} s)</span></div>'
-            f'<pre role="status" aria-label="messages in {html.escape(", ".join(self.queues))}" '
-            f'style="{ground}margin:0;padding:4px 10px;font-size:var(--jp-code-font-size);line-height:1.5;'
-            f'white-space:pre-wrap">{chr(10).join(rows)}</pre></div>'
-        )
-        return {"text/plain": "\n".join([title, *lines]), "text/html": pane}
+        blocks = f" (blocks: waiting in the last {HISTORY} s)"
+        heading = f'{html.escape(title)}<span aria-hidden="true" style="font-weight:normal">{blocks}</span>'
+        about, style = f"messages in {', '.join(self.queues)}", "line-height:1.5;white-space:pre-wrap"
+        shown = pane(heading, "\n".join(rows), about, "status", style)
+        return {"text/plain": "\n".join([title, *lines]), "text/html": shown}

@@ -21,11 +21,12 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from course_tasks.celery import app as course
-from course_tasks.classroom import ClassroomError
 from course_tasks.classroom.broker_view import PRIORITIES
-from course_tasks.classroom.gantt import Gantt, Span, slots, wall
+from course_tasks.classroom.errors import ClassroomError
+from course_tasks.classroom.gantt import Gantt
 from course_tasks.classroom.terminal import READY, Terminal, plain
 from course_tasks.servers import VARIABLES
+from course_tasks.spans import Span, slots, speedup, wall
 
 CHOICES = {"pool": ("solo", "prefork", "threads", "gevent", "eventlet"), "kind": ("wait", "compute")}
 LIMITS = {"concurrency": (1, 50), "tasks": (1, 100), "seconds": (0.05, 5)}
@@ -63,7 +64,7 @@ class Run:
     slots = property(lambda self: len(slots(self.spans)), doc="How many slots had a task.")
 
     def _chart(self) -> Gantt:
-        return Gantt({f"{self.pool}, -c {self.concurrency}, {self.kind} {self.seconds:g} s": self.spans}, 1, speedup)
+        return Gantt({f"{self.pool}, -c {self.concurrency}, {self.kind} {self.seconds:g} s": self.spans})
 
     def __repr__(self) -> str:
         return repr(self._chart())
@@ -72,16 +73,7 @@ class Run:
         return self._chart()._repr_html_()
 
 
-def speedup(spans: Sequence[Span]) -> float:
-    """The seconds that the tasks were asked for, over those from the first start to the last end.
-
-    Unlike gantt.speedup it leaves no delay out: with more slots than processors, tasks that compute delay one another,
-    and that is what an experiment is to show.
-    """
-    return sum(span["seconds"] for span in spans) / wall(spans)
-
-
-def check(pool, concurrency, tasks, kind, seconds) -> None:
+def check_settings(pool, concurrency, tasks, kind, seconds) -> None:
     """Raise a ClassroomError for the first setting that can't be used."""
     for name, value in {"pool": pool, "kind": kind}.items():
         if value not in CHOICES[name]:
@@ -108,7 +100,7 @@ def measure(settings: dict, begun: Callable[[str], None], done: Callable[[int], 
     Raises:
         ClassroomError: a setting can't be used, a server is away, or the worker has ended.
     """
-    check(**settings)
+    check_settings(**settings)
     queue, tasks, seconds = f"{PREFIX}{uuid.uuid4().hex[:6]}", settings["tasks"], settings["seconds"]
     command = COMMAND.format(settings["pool"], settings["concurrency"], queue=queue)
     try:
@@ -353,5 +345,5 @@ class Experiment:
             cells += [f"{run.wall:.2f} s", f"{run.speedup:.1f} x", run.slots]
             rows.append("".join(f'<td style="{CELL}">{cell}</td>' for cell in cells))
         table = "".join(f"<tr>{row}</tr>" for row in rows)
-        chart = Gantt(panels, columns=min(2, len(panels)), factor=speedup)
+        chart = Gantt(panels, columns=min(2, len(panels)))
         return f'{chart._repr_html_()}<table style="{STYLE}border-collapse:collapse">{table}</table>'

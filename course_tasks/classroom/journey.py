@@ -13,8 +13,8 @@ from operator import itemgetter
 from celery import Celery, states
 from celery.signals import after_task_publish
 
-from course_tasks.classroom import ClassroomError
-from course_tasks.classroom.gantt import AXIS, WIDTH, axis, framed, image
+from course_tasks.classroom.drawing import AXIS, WIDTH, axis, framed, image
+from course_tasks.classroom.errors import ClassroomError
 
 WAIT = 5.0  # seconds that the end of the block waits for the task's last event
 ANSWER = 1.5  # seconds in which workers have to answer; one that is busy in the solo pool can't
@@ -23,15 +23,6 @@ LEAVE = 1.0  # seconds in which it has to end; it looks ten times a second wheth
 WHEN = itemgetter("timestamp")
 RETRY = re.compile(r"^Retry\(Retry\(\.\.\.\), (.*), [^,]*\)$")  # an event's text around a task's own error
 FINAL = {"succeeded", "failed", "revoked", "rejected"}
-# The colours of notebooks/figures; a picture in a notebook follows the system's theme, and so does JupyterLab here
-STYLE = """
-text{font:13px system-ui,sans-serif;fill:#1f2430}.name{font-weight:700;font-size:14px}
-.tick{text-anchor:middle}path{stroke:#4a5160;stroke-width:2}.grid{stroke-width:1;opacity:.3}.even{fill:#e9f2ec}.odd{fill:none}
-.wait{fill:#ffd27a;stroke:#9a5b00}.run{fill:#8fd0a6;stroke:#2f7d4f}.bad{fill:#ffb3ab;stroke:#a32020}
-@media (prefers-color-scheme:dark){
-text{fill:#e8eaf0}path{stroke:#aab2c2}.even{fill:#21382b}
-.wait{fill:#6b4a10;stroke:#ffc04d}.run{fill:#2f7d4f;stroke:#63c08a}.bad{fill:#7a2a2a;stroke:#ff8f8f}}
-"""
 
 
 @dataclass
@@ -275,7 +266,7 @@ class Journey:
 
     def _bars(self) -> list[tuple[str, float, float, str, str]]:
         """The picture's bars: row, from, to (seconds), label and class."""
-        bars = [("client", 0.0, 0.0, "sent", "run")]
+        bars = [("client", 0.0, 0.0, "sent", "bar")]
         row, since = "broker", 0.0  # where the task is, and since when
 
         def leave(when: float, label: str, kind: str = "wait") -> None:
@@ -286,7 +277,7 @@ class Journey:
                 leave(when, "waits")
                 row = "held" if what == "received" else "runs"
             else:
-                bad = "run" if what == "succeeded" else "bad"
+                bad = "bar" if what == "succeeded" else "bad"
                 if row == "runs":
                     leave(when, f"{what}, ran", bad)
                 else:
@@ -296,9 +287,9 @@ class Journey:
             since = when
         if not self._ended():
             end = max(self._end, since + 0.001)  # with no worker, nothing is waited for
-            leave(end, *("has run for", "run") if row == "runs" else ("has waited for", "wait"))
+            leave(end, *("has run for", "bar") if row == "runs" else ("has waited for", "wait"))
         if self._stored:
-            bars.append(("backend", since, since, "stored", "run"))
+            bars.append(("backend", since, since, "stored", "bar"))
         return bars
 
     def _svg(self) -> str:
@@ -309,8 +300,8 @@ class Journey:
         lanes = [("client", 1), ("broker", 1), ("worker", 2)] + [("backend", 1)] * self._stored
         drawn, bottom = [], 0
         for number, (name, height) in enumerate(lanes):
-            kind = "odd" if number % 2 else "even"
-            drawn.append(f'<rect class="{kind}" y="{bottom}" width="{WIDTH}" height="{height * tall}"/>')
+            if number % 2 == 0:
+                drawn.append(f'<rect class="row" y="{bottom}" width="{WIDTH}" height="{height * tall}"/>')
             drawn.append(f'<text class="name" x="10" y="{bottom + height * tall / 2 + 5}">{name}</text>')
             bottom += height * tall
 
@@ -323,7 +314,7 @@ class Journey:
         for (before, *_), (row, start, *_) in itertools.pairwise(bars):
             down = rows[before] < rows[row]
             ends = rows[before] + (40 if down else 22), rows[row] + (22 if down else 40)
-            drawn.append(f'<path d="M{x(start) + 2:.1f} {ends[0]}V{ends[1]}"/>')
+            drawn.append(f'<path class="move" d="M{x(start) + 2:.1f} {ends[0]}V{ends[1]}"/>')
         taken: list[tuple[str, float, float]] = []
         for row, start, end, label, kind in sorted(bars, key=lambda bar: bar[1] - bar[2]):  # the longest first
             at, top, wide = x(start), rows[row], max(x(end) - x(start), 6)
@@ -334,4 +325,4 @@ class Journey:
             if not any(lane == row and extent[0] < to and since < extent[1] for lane, since, to in taken):
                 drawn.append(f'<text x="{words:.1f}" y="{top + 17}">{label}</text>')
                 taken.append((row, *extent))
-        return framed(drawn, bottom + AXIS, STYLE)
+        return framed(drawn, bottom + AXIS)

@@ -18,7 +18,8 @@ from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
 from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
 from IPython.display import display
 
-from course_tasks.classroom import ClassroomError
+from course_tasks.classroom.drawing import pane
+from course_tasks.classroom.errors import ClassroomError
 
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 # What a program says when it can be used: a worker, a Redis or Valkey server, celery beat, an ASGI server.
@@ -29,8 +30,7 @@ KEPT, SHOWN = 20_000, 300  # lines kept for %tail, lines in the pane
 INTERVAL = 0.15  # seconds between two updates of a pane: smooth to the eye, light for the browser
 FORCED = ("FORCE_COLOR", "CLICOLOR_FORCE")
 ANSI = re.compile(r"\x1b\[([0-9;?]*)([@-~])|\x1b\][^\x07]*\x07")
-# Foregrounds with a contrast of at least 5:1 on the pane's background, which is dark in both themes.
-BACKGROUND, FOREGROUND = "#1b1d23", "#e4e6eb"
+# The pane's colours; their contrast is at least 5:1.
 COLOURS = {1: "#ff8f8f", 2: "#8fd694", 3: "#e8c66a", 4: "#8ab8ff", 5: "#dda0f0", 6: "#7fd6d6", 7: "#ffffff"}
 
 
@@ -161,17 +161,10 @@ def _pane(name: str, title: str, command: str, log: list[str]) -> str:
             if found[2] == "m":
                 style = _style(found[1], style)
         body.append(_span(line[at:], style) + "\n")
-    ground = f"background-color:{BACKGROUND};color:{FOREGROUND};"
+    style = "line-height:1.35;flex:none;white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere"
     # column-reverse: a box that starts scrolled to its end, so it follows the log with no script
-    return (
-        f'<div style="{ground}border-radius:6px;padding-bottom:6px">'
-        f'<div style="padding:4px 10px;font-weight:bold">{html.escape(title)}</div>'
-        f'<div role="log" tabindex="0" aria-label="log of {html.escape(name)}" '
-        'style="max-height:38em;overflow:auto;display:flex;flex-direction:column-reverse">'
-        f'<pre style="{ground}margin:0;padding:4px 10px;font-size:var(--jp-code-font-size);line-height:1.35;'
-        'flex:none;white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere">'
-        f"{''.join(body)}</pre></div></div>"
-    )
+    box = "max-height:38em;overflow:auto;display:flex;flex-direction:column-reverse"
+    return pane(html.escape(title), "".join(body), f"log of {name}", style=style, box=box)
 
 
 def _span(text: str, style: str) -> str:

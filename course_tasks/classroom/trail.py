@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from course_tasks.classroom import ClassroomError
-from course_tasks.classroom.gantt import AXIS, RIGHT, ROW, STYLE, TITLE, WIDTH, axis, framed, image
+from course_tasks.classroom.drawing import AXIS, RIGHT, ROW, TITLE, WIDTH, axis, framed, image
+from course_tasks.classroom.errors import ClassroomError
 
 LEFT = 156  # pixels for the names, which may be a request's method and path
 LONGEST_NAME = 22  # letters that fit there
@@ -19,14 +19,6 @@ ENDS = {"succeeded": "succeeded", "raised": "failed", "retry": "retried", "ignor
 RAN = re.compile(r"succeeded in ([\d.e-]+)s")
 BAD = {"failed", "rejected"}  # and answers from 500 up
 KINDS = {"wait": "waited", "bar": "ran", "bad": "failed"}
-OURS = (
-    STYLE
-    + """
-.wait{fill:#ffd27a;stroke:#9a5b00}.bad{fill:#ffb3ab;stroke:#a32020}
-@media (prefers-color-scheme:dark){
-.wait{fill:#6b4a10;stroke:#ffc04d}.bad{fill:#7a2a2a;stroke:#ff8f8f}}
-"""
-)
 
 
 @dataclass
@@ -134,7 +126,7 @@ class Trail:
                         f'<rect class="{kind}" x="{LEFT + (start - self._begin) * scale:.1f}" y="{y + 2}" rx="2" '
                         f'width="{max((stop - start) * scale, 1):.1f}" height="{ROW - 4}"/>'
                     )
-        return framed([*drawn, *axis(longest, scale, bottom, LEFT)], bottom + AXIS, OURS)
+        return framed([*drawn, *axis(longest, scale, bottom, LEFT)], bottom + AXIS)
 
 
 def _steps(lines: Sequence[tuple[float, str]]) -> list[Step]:

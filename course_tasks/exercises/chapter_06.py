@@ -3,8 +3,8 @@
 import math
 from collections.abc import Callable
 
-from course_tasks.classroom.gantt import FIELDS, slots
 from course_tasks.exercises import Exercise
+from course_tasks.spans import FIELDS, slots
 
 TASKS, ROUNDS, SECONDS = 24, 3, 0.3
 NUMBERS = [(8, 4), (10, 10), (11, 10), (9, 2), (3, 8), (7, 3), (0, 4)]  # of tasks and slots

@@ -4,12 +4,13 @@ Loaded by the `-p` in pyproject.toml, so that `pytest` on a test, on a notebook 
 """
 
 import contextlib
+import functools
 import re
 import signal
 import socket
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import nbformat
@@ -22,7 +23,8 @@ from nbclient.exceptions import CellExecutionError
 from redis import Redis
 from xdist.scheduler import LoadScopeScheduling
 
-from course_tasks import exercises, record, servers
+from course_tasks import exercises, servers
+from course_tasks.authoring import kernels, record
 from course_tasks.classroom import free_port
 
 STACK = pytest.StashKey[contextlib.ExitStack]()
@@ -32,7 +34,7 @@ PAIR = pytest.StashKey[servers.Pair]()
 def pytest_configure(config) -> None:
     """Compare as sanitize.cfg says, unless another file is named; wait as long as a busy machine may need."""
     config.option.nbval_sanitize_with = config.option.nbval_sanitize_with or str(record.SANITIZE)
-    config.option.nbval_cell_timeout = record.CELL_TIMEOUT
+    config.option.nbval_cell_timeout = kernels.CELL_TIMEOUT
 
 
 def pytest_sessionstart(session) -> None:
@@ -51,9 +53,9 @@ def pytest_sessionstart(session) -> None:
     def start_kernel(startup_timeout=60, kernel_name="python3", **options):
         """nbval's own, but with JupyterLab's environment, sockets and files that can't clash, and an empty pair."""
         _empty(pair)
-        manager = stack.enter_context(record.kernel_manager(directory))
-        options["cwd"] = stack.enter_context(record.workplace(directory))
-        manager.start_kernel(env=record.kernel_environment(), **options)
+        manager = stack.enter_context(kernels.kernel_manager(directory))
+        options["cwd"] = stack.enter_context(kernels.workplace(directory))
+        manager.start_kernel(env=kernels.kernel_environment(), **options)
         client = manager.client()
         client.start_channels()
         client.wait_for_ready(timeout=startup_timeout)
@@ -96,7 +98,7 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Put the longest tests first, and give nbval's cells more time.
+    """Put the longest tests first, give nbval's cells more time, and noisy ones more attempts.
 
     nbval waits 5 s for a cell's outputs after its end and has no option for it: a busy machine needs more.
     """
@@ -109,6 +111,17 @@ def pytest_collection_modifyitems(items) -> None:
     for item in items:
         if isinstance(item, nbval.plugin.IPyNbCell):
             item.output_timeout = 60
+            item.runtest = functools.partial(run_until_it_passes, item, item.runtest)
+
+
+def run_until_it_passes(item: nbval.plugin.IPyNbCell, runtest: Callable[[], None]) -> None:
+    """Run a cell once, or a noisy one until it passes. The error is that of the last attempt."""
+    for left in reversed(range(record.attempts(item.cell))):
+        try:
+            return runtest()
+        except nbval.plugin.NbCellError:
+            if not left or item.parent.timed_out:
+                raise
 
 
 def chapter(path: Path) -> str:
@@ -126,7 +139,9 @@ def tagged(path: Path) -> dict[str, nbformat.NotebookNode]:
     found = {}
     for cell in nbformat.read(path, as_version=4).cells:
         for tag in cell.metadata.get("tags", []):
-            assert tag.startswith(("raises-", "wait-", "nbval-")) or tag not in found, f"two cells are tagged {tag}"
+            assert tag.startswith(("raises-", "wait-", "nbval-", "noisy")) or tag not in found, (
+                f"two cells are tagged {tag}"
+            )
             found[tag] = cell
     return found
 
@@ -145,7 +160,7 @@ def pytest_runtest_makereport(item):
 def pytest_make_collect_report(collector):
     """Let a learner come after nbval's cells, in the course's own notebooks."""
     report = yield
-    if isinstance(collector, nbval.plugin.IPyNbFile) and collector.path.parent == record.NOTEBOOKS and report.passed:
+    if isinstance(collector, nbval.plugin.IPyNbFile) and collector.path.parent == kernels.NOTEBOOKS and report.passed:
         report.result.append(LearnerTriesEverything.from_parent(collector, name="a learner"))
     return report
 
@@ -161,7 +176,7 @@ class LearnerTriesEverything(pytest.Item):
         """Raise AssertionError or pytest's Failed where the chapter does not do so."""
         tags, judged = tagged(self.path), dict(exercises.all_of(chapter(self.path)))
         notebook = nbformat.read(self.path, as_version=4)
-        client = NotebookClient(notebook, km=self.parent.kernel.km, timeout=record.CELL_TIMEOUT)
+        client = NotebookClient(notebook, km=self.parent.kernel.km, timeout=kernels.CELL_TIMEOUT)
         client.start_new_kernel_client()
 
         def run(cell: nbformat.NotebookNode, source: str | None = None) -> nbformat.NotebookNode:
@@ -169,7 +184,7 @@ class LearnerTriesEverything(pytest.Item):
             index = next(index for index, other in enumerate(notebook.cells) if other.id == cell.id)
             notebook.cells[index].source = source or cell.source
             try:
-                return client.execute_cell(notebook.cells[index], index)
+                return record.execute(client, notebook.cells[index], index)
             except CellExecutionError as error:
                 pytest.fail(f"{cell.id} ends the learner's Run All: {error}")
 

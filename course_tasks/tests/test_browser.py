@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from course_tasks import record
+from course_tasks.authoring import kernels
+from course_tasks.install import ROOT
 from course_tasks.tests.plugin import listens, processes, until
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -41,15 +42,15 @@ class Lab:
 
     def __init__(self, folder: Path):
         self.notebooks = folder / "notebooks"
-        shutil.copytree(record.NOTEBOOKS, self.notebooks, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-        shutil.copy(record.ROOT / "README.md", folder)
+        shutil.copytree(kernels.NOTEBOOKS, self.notebooks, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+        shutil.copy(ROOT / "README.md", folder)
         home = folder / "home"
         home.mkdir()
         places = [f"--ServerApp.root_dir={folder}", f"--LabApp.workspaces_dir={home}"]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "course_tasks", "lab", "--no-browser", "--port=0", *places],
-            cwd=record.ROOT,
-            env={**record.kernel_environment(), "HOME": str(home), "JUPYTER_PREFER_ENV_PATH": "1"},
+            cwd=ROOT,
+            env={**kernels.kernel_environment(), "HOME": str(home), "JUPYTER_PREFER_ENV_PATH": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -248,7 +249,7 @@ def test_a_running_pane_follows_and_closing_lab_leaves_no_worker(page, lab):
 
 # A browser costs a test more than the chapter itself does. So only the first chapter with a live view of each kind is
 # run in it, if not all are asked for; that they run to their ends, nbval shows for all. Experiment has its own test.
-CHAPTERS = {path.name: path.read_text() for path in sorted(record.NOTEBOOKS.glob("*.ipynb")) if path.name != WELCOME}
+CHAPTERS = {path.name: path.read_text() for path in sorted(kernels.NOTEBOOKS.glob("*.ipynb")) if path.name != WELCOME}
 LIVE = ("BrokerView(", "Journey(", "import IntProgress")
 FIRST = {next(name for name, text in CHAPTERS.items() if view in text) for view in LIVE}
 SHOWN = sorted(CHAPTERS if os.environ.get("COURSE_BROWSER") == "all" else FIRST)

@@ -20,9 +20,9 @@ from redis import Redis
 from redis.exceptions import ConnectionError
 
 from course_tasks import servers
+from course_tasks.install import ROOT
 from course_tasks.tests.plugin import free_ports
 
-ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "docker-compose.yml"
 SERVICES = {"broker": "redis-broker", "backend": "redis-backend"}
 TIMEOUT = 60  # seconds, far above what anything here takes

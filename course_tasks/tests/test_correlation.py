@@ -12,8 +12,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from course_tasks import correlation, record
+from course_tasks import correlation
+from course_tasks.authoring import kernels
 from course_tasks.correlation import HEADER, new_id
+from course_tasks.install import ROOT
 from course_tasks.tests.plugin import until
 
 POOLS = {"solo": 1, "prefork": 4, "threads": 8, "gevent": 16, "eventlet": 16}  # and their slots
@@ -96,7 +98,7 @@ class Shop:
         self.process = subprocess.Popen(
             [sys.executable, *command.split(), "-n", f"{pool}@%h", "--without-mingle", "--without-gossip"],
             cwd=folder,
-            env=os.environ | {"CELERY_BROKER_URL": self.broker, "PYTHONPATH": f"{folder}:{record.ROOT}"},
+            env=os.environ | {"CELERY_BROKER_URL": self.broker, "PYTHONPATH": f"{folder}:{ROOT}"},
             stdout=self.log.open("w"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -152,7 +154,7 @@ def sent(shop: Shop, name: str, number: int) -> dict[str, str]:
     done = subprocess.run(
         [sys.executable, "client.py", name, str(number)],
         cwd=shop.log.parent,
-        env=os.environ | {"CELERY_BROKER_URL": shop.broker, "PYTHONPATH": f"{shop.log.parent}:{record.ROOT}"},
+        env=os.environ | {"CELERY_BROKER_URL": shop.broker, "PYTHONPATH": f"{shop.log.parent}:{ROOT}"},
         capture_output=True,
         text=True,
         timeout=60,
@@ -234,7 +236,7 @@ def test_another_is_replaced_by_a_new_one(given):
 def python(code: str) -> str:
     """What code prints in a Python of its own."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("CELERY_")}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=record.ROOT, env=env)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -259,7 +261,7 @@ logging.warning("%s", "a")
 correlation_id.set("id-1")
 logging.warning("%(id)s", {"id": 9})
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=record.ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stderr.splitlines() == ["- mine a", "id-1 mine 9"]
 
 
@@ -303,7 +305,7 @@ def definitions(code: str) -> dict[str, str]:
 
 
 def test_what_a_learner_builds_is_the_course_s_own_code():
-    cells = nbformat.read(record.NOTEBOOKS / "07b_build_ids.ipynb", as_version=4).cells
+    cells = nbformat.read(kernels.NOTEBOOKS / "07b_build_ids.ipynb", as_version=4).cells
     written = [re.fullmatch(r"%%writefile (-a )?scratch/ids\.py\n(.*)", cell.source, re.DOTALL) for cell in cells]
     parts = [found.groups() for found in written if found]
     assert [append for append, _ in parts] == [None, *["-a "] * (len(parts) - 1)]

@@ -17,9 +17,10 @@ import pytest
 from celery import Celery
 from redis import Redis
 
-from course_tasks import record
-from course_tasks.classroom import ClassroomError
+from course_tasks.authoring import kernels, record
+from course_tasks.classroom.errors import ClassroomError
 from course_tasks.classroom.experiment import GOING, HERE, PIDBOX, Experiment, Run
+from course_tasks.install import ROOT
 from course_tasks.tests.plugin import free_ports, processes, until
 from course_tasks.tests.test_live import serving
 from course_tasks.tests.test_terminal import Kernel
@@ -73,7 +74,7 @@ def test_a_run_in_every_pool_tells_what_its_tasks_did_and_leaves_nothing(clean, 
     assert all(span["seconds"] == 0.3 for span in run.spans)
     assert 0.98 * 4 * 0.3 / slots < run.wall and 0.5 < run.speedup < 1.02 * slots
     text = f"{pool}, -c 2, wait 0.3 s: 4 tasks on {slots} slot{'s' * (slots > 1)} took {run.wall:.2f} s, "
-    assert repr(run) == f"{text}{run.speedup:.1f} x as fast as one after the other"
+    assert repr(run) == f"{text}{run.speedup:.1f} x as fast as one by one"
     assert f"--pool={pool} --concurrency=2 -Q experiment-" in run.command and run.command in experiment._command.value
     assert experiment.progress.value == experiment.progress.max == 4
     assert status(experiment).startswith("Run 1 is over: ")
@@ -84,7 +85,7 @@ def test_the_speed_up_is_that_of_the_wall_time_beside_it():
     span = {"thread": "MainThread", "start": 0, "end": 2, "delayed": 1, "seconds": 1}
     run = Run("prefork", 4, 4, "compute", 1, "", [span | {"pid": pid} for pid in range(4)])
     assert (run.wall, run.speedup, run.slots) == (2, 2, 4)
-    assert repr(run).endswith("4 tasks on 4 slots took 2.00 s, 2.0 x as fast as one after the other")
+    assert repr(run).endswith("4 tasks on 4 slots took 2.00 s, 2.0 x as fast as one by one")
 
 
 def test_computing_tasks_compute(clean):
@@ -197,7 +198,7 @@ def test_the_command_pastes_into_a_terminal_and_only_what_nobody_works_on_is_swe
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     worker = subprocess.Popen(
         shlex.split(command),
-        cwd=record.ROOT,
+        cwd=ROOT,
         env=os.environ | {"PATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -240,8 +241,8 @@ def test_the_command_pastes_into_a_terminal_and_only_what_nobody_works_on_is_swe
 
 @contextlib.contextmanager
 def kernel():
-    with record.kernel_manager() as manager:
-        manager.start_kernel(env=record.kernel_environment(), cwd=str(record.NOTEBOOKS))
+    with kernels.kernel_manager() as manager:
+        manager.start_kernel(env=kernels.kernel_environment(), cwd=str(kernels.NOTEBOOKS))
         kernel = Kernel(manager)
         kernel.run("from course_tasks.classroom.experiment import Experiment\nexperiment = Experiment()")
         yield kernel
@@ -307,10 +308,11 @@ def test_the_kernel_is_free_in_a_run_and_a_click_that_came_too_late_starts_none(
 
 def test_a_recorded_notebook_has_a_text_in_the_widgets_place(clean, tmp_path):
     """In a notebook that is opened again, a widget without its kernel would be an error message."""
+    title = nbformat.v4.new_markdown_cell("# A title")
     cell = nbformat.v4.new_code_cell("from course_tasks.classroom.experiment import Experiment\nExperiment()")
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path := tmp_path / "experiment.ipynb")
-    assert record.record(path) == [1]
-    [stored] = nbformat.read(path, as_version=4).cells
+    nbformat.write(nbformat.v4.new_notebook(cells=[title, cell]), path := tmp_path / "experiment.ipynb")
+    assert record.record(path) == [cell.id]
+    _, stored = nbformat.read(path, as_version=4).cells
     bundle = stored.outputs[0].data
     assert bundle == {"text/plain": HERE, "text/html": bundle["text/html"]} and HERE in bundle["text/html"]
     assert record.WIDGET in (live := Experiment()._repr_mimebundle_())

@@ -544,14 +544,6 @@ def test_server_says_in_one_line_what_is_missing(tmp_path):
 
 
 @real
-@pytest.mark.parametrize("command", ["record", "bench"])
-def test_record_and_bench_have_a_help_of_their_own(tmp_path, command):
-    code, out, err = ended(start_real(tmp_path, command, "--help"))
-    assert (code, err) == (0, "")
-    assert out.startswith(f"usage: python3 -m course_tasks {command} ")
-
-
-@real
 def test_options_after_dashes_go_to_jupyterlab_even_if_they_are_ours(tmp_path):
     pair = {name: os.environ[name] for name in ("CELERY_BROKER_URL", "CELERY_RESULT_BACKEND", "COURSE_RUNTIME")}
     code, out, err = ended(start_real(tmp_path, "lab", "--", "--help", **pair))

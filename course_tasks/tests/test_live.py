@@ -22,11 +22,12 @@ from celery import Celery
 from celery.signals import after_task_publish
 from redis import Redis
 
-from course_tasks import record
+from course_tasks.authoring import kernels, record
 from course_tasks.celery import app
-from course_tasks.classroom import ClassroomError
 from course_tasks.classroom.broker_view import BrokerView
+from course_tasks.classroom.errors import ClassroomError
 from course_tasks.classroom.journey import Journey
+from course_tasks.install import ROOT
 from course_tasks.tests.plugin import free_ports, listens, until
 from course_tasks.tests.test_terminal import Kernel
 
@@ -48,7 +49,7 @@ def working(number: int, *options: str, node: str | None = None):
     command = [sys.executable, "-m", "celery", "-A", "course_tasks", "worker", "--loglevel=INFO", *options]
     process = subprocess.Popen(
         [*command, "-n", node or f"worker{number}@%h"],
-        cwd=record.ROOT,
+        cwd=ROOT,
         env=os.environ | {"CELERY_BROKER_URL": broker(number)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -464,7 +465,7 @@ def test_a_notebook_shows_a_journey_and_one_line_for_a_wrong_one(workers):
         "with Journey(client) as journey:\n    pass",
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    with addressed(broker(1)), record.executing(notebook, allow_errors=True) as kernel:
+    with addressed(broker(1)), kernels.executing(notebook, allow_errors=True) as kernel:
         for index, cell in enumerate(notebook.cells):
             kernel.execute_cell(cell, index)
     [shown], [error] = notebook.cells[1].outputs, notebook.cells[2].outputs
@@ -501,8 +502,8 @@ class ViewKernel(Kernel):
 
 @contextlib.contextmanager
 def viewing(**variables):
-    with record.kernel_manager() as manager:
-        manager.start_kernel(env=record.kernel_environment() | variables, cwd=str(record.NOTEBOOKS))
+    with kernels.kernel_manager() as manager:
+        manager.start_kernel(env=kernels.kernel_environment() | variables, cwd=str(kernels.NOTEBOOKS))
         kernel = ViewKernel(manager)
         yield kernel
         kernel.client.stop_channels()
@@ -546,7 +547,7 @@ def views(server: Redis) -> int:
 def serving(port: int):
     """A server of the test's own."""
     command = [sys.executable, "-m", "course_tasks", "server", "--port", str(port), "--save", ""]
-    process = subprocess.Popen(command, cwd=record.ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
         with Redis(port=port, decode_responses=True) as server:
             until(lambda: listens(port), "the server listens")

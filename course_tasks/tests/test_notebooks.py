@@ -10,12 +10,14 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from course_tasks import exercises, record
+from course_tasks import exercises
+from course_tasks.authoring import kernels, record
+from course_tasks.install import ROOT
 from course_tasks.tests.plugin import cells, chapter, tagged
 
-PATHS = sorted(record.NOTEBOOKS.glob("*.ipynb"))
-TEXTS = [*PATHS, record.ROOT / "README.md"]
-MOST = {"cells": 40, "words": 960, "code lines": 220, "lines in a cell": 15, "bytes": 150_000}
+PATHS = sorted(kernels.NOTEBOOKS.glob("*.ipynb"))
+TEXTS = [*PATHS, ROOT / "README.md"]
+MOST = {"lines in a cell": 15, "bytes": 150_000}
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)|<(?:img|a)\b[^>]*?(?:src|href)=\"([^\"]+)\"")
 
 
@@ -61,18 +63,12 @@ def test_there_is_no_noise_in_the_metadata(path):
 
 
 @chapters()
-def test_a_chapter_keeps_to_its_size(path):
+def test_cells_are_short_and_the_minutes_are_computed(path):
     sources = [cell.source.splitlines() for cell in cells(path, "code")]
-    text = re.sub(r"(?m)^\|[^\n]*$|```.*?```|<[^>]*>|\]\([^)]*\)", " ", prose(path), flags=re.DOTALL)
-    sizes = {
-        "cells": len(nbformat.read(path, as_version=4).cells),
-        "words": len(re.findall(r"[A-Za-z0-9_']+", text)),
-        "code lines": sum(map(len, sources)),
-        "lines in a cell": max(map(len, sources)),
-        "bytes": path.stat().st_size,
-    }
+    sizes = {"lines in a cell": max(map(len, sources)), "bytes": path.stat().st_size}
     assert {what: size for what, size in sizes.items() if size > MOST[what]} == {}
     assert statistics.median(map(len, sources)) <= 4
+    assert record.minutes(nbformat.read(path, as_version=4)) in cells(path, "markdown")[0].source
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)
@@ -90,7 +86,7 @@ def test_links_and_pictures_are_there_and_pictures_have_a_text(path):
             assert anchor.lower() in {slug.lower() for slug in slugs}, f"{found.name} has no heading for #{anchor}"
 
 
-@pytest.mark.parametrize("path", sorted(Path(record.NOTEBOOKS, "figures").glob("*.svg")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(Path(kernels.NOTEBOOKS, "figures").glob("*.svg")), ids=lambda path: path.stem)
 def test_a_figure_has_a_title_and_both_themes(path):
     figure = ElementTree.parse(path).getroot()
     assert figure.find("{http://www.w3.org/2000/svg}title").text
@@ -98,7 +94,7 @@ def test_a_figure_has_a_title_and_both_themes(path):
 
 
 @pytest.mark.parametrize(
-    "path", sorted(Path(record.NOTEBOOKS, "figures").glob("system-*.svg")), ids=lambda path: path.stem
+    "path", sorted(Path(kernels.NOTEBOOKS, "figures").glob("system-*.svg")), ids=lambda path: path.stem
 )
 def test_the_picture_is_the_same_in_every_chapter_but_for_the_part_that_is_lit(path):
     lit = re.search(r'<rect class="lit" .*\s*<text class="name".*>(\w+)</text>', path.read_text())
@@ -127,7 +123,7 @@ def test_a_chapter_follows_the_template(path):
 
 def test_readme_and_chapter_00_have_the_same_table_of_all_chapters():
     row = re.compile(r"(?m)^\| \[(.+)\]\((?:notebooks/)?(\S+)\) \| (.+) \|$")
-    readme, welcome = row.findall(prose(record.ROOT / "README.md")), row.findall(prose(PATHS[0]))
+    readme, welcome = row.findall(prose(ROOT / "README.md")), row.findall(prose(PATHS[0]))
     assert readme == welcome
     assert [name for _, name, _ in readme] == [path.name for path in PATHS]
 

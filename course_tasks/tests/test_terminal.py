@@ -12,7 +12,8 @@ import uuid
 import psutil
 import pytest
 
-from course_tasks import record, servers
+from course_tasks import servers
+from course_tasks.authoring import kernels
 from course_tasks.classroom.terminal import Terminal
 from course_tasks.tests.plugin import processes, until
 
@@ -77,8 +78,8 @@ class Kernel:
 
 @pytest.fixture
 def kernel(pair):
-    with record.kernel_manager() as manager:
-        manager.start_kernel(env=record.kernel_environment(), cwd=str(record.NOTEBOOKS))
+    with kernels.kernel_manager() as manager:
+        manager.start_kernel(env=kernels.kernel_environment(), cwd=str(kernels.NOTEBOOKS))
         kernel = Kernel(manager)
         yield kernel
         kernel.client.stop_channels()

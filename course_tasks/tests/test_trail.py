@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from course_tasks.classroom import ClassroomError
+from course_tasks.classroom.errors import ClassroomError
 from course_tasks.classroom.trail import Trail
 
 # Of chapter 07d's two services: an order of Ada's that went well, and one of Eve's for which there was no lamp.

@@ -19,10 +19,10 @@ from kombu.exceptions import EncodeError
 from redis import Redis
 
 from course_tasks.celery import app
+from course_tasks.install import ROOT
 from course_tasks.tasks import add, add_long
 from course_tasks.tests.plugin import until
 
-ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
 TASKS = ["add", "add_long", "compute", "count_to", "divide", "flaky", "notify", "wait", "whereami"]
 COMMAND = "python -m celery -A course_tasks worker --loglevel=INFO --pool="

@@ -1,4 +1,7 @@
-"""Measure the course against its aims, each as a ratio to a baseline measured in the same run."""
+"""Measure the course against its aims: `.venv/bin/python -m course_tasks.authoring.bench [--quick]`.
+
+Each figure is a ratio to a baseline that was measured in the same run.
+"""
 
 import argparse
 import os
@@ -21,9 +24,12 @@ from pathlib import Path
 import nbformat
 import psutil
 
-from course_tasks import record, servers
+from course_tasks import servers
+from course_tasks.__main__ import activate
+from course_tasks.authoring import kernels
 from course_tasks.classroom import free_port
 from course_tasks.classroom.terminal import READY, plain, prepared
+from course_tasks.install import ROOT
 
 ROUNDS = 2  # of what takes seconds; the best counts, as the others have met somebody else's work
 # A green pool that has waited takes longer to stop than one that has only just started. And a worker hears of its stop
@@ -60,9 +66,10 @@ if __name__ == "__main__":
 
 def main(arguments: list[str]) -> int:
     """Print a line for each aim; 0 if all are met. `--quick` leaves out the two installations."""
-    parser = argparse.ArgumentParser(prog="python3 -m course_tasks bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m course_tasks.authoring.bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="leave out the installations (two to four minutes)")
     options = parser.parse_args(arguments)
+    activate()
     met = []
 
     def report(what: str, took: float, base: float, aim: str, reached: bool) -> None:
@@ -82,7 +89,7 @@ def main(arguments: list[str]) -> int:
         report("warm lab to its first answer", took, base, "under 3 s", took < 3)
         base, took = best(worker_in_a_shell, worker_in_a_cell)
         report("terminal cell to ready", took, base, "1.1 x", took < 1.1 * base)
-        for path in sorted(record.NOTEBOOKS.glob("*.ipynb")):
+        for path in sorted(kernels.NOTEBOOKS.glob("*.ipynb")):
             base, took = best(partial(floor, path), partial(tested, path, Path(directory, "report.xml")))
             report(f"test of {path.stem}", took, base, "1.25 x", took < 1.25 * base)
         base, took = correlated(Path(directory))
@@ -125,7 +132,7 @@ def fresh_clone(directory: Path) -> tuple[float, float]:
     ours = f"{python} -m course_tasks install"
     for name, command in (("plain", plain), ("ours", ours)):
         clone = directory / name
-        subprocess.run(["git", "clone", "-q", record.ROOT, clone], check=True)
+        subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
         start = time.monotonic()
         subprocess.run(command, shell=True, cwd=clone, check=True, capture_output=True)
         if name == "ours":
@@ -174,9 +181,7 @@ def plain_lab() -> float:
 def lab(*command: str) -> float:
     port = free_port()
     start = time.monotonic()
-    with process(
-        sys.executable, *command, "--no-browser", f"--port={port}", stdout=subprocess.DEVNULL, cwd=record.ROOT
-    ):
+    with process(sys.executable, *command, "--no-browser", f"--port={port}", stdout=subprocess.DEVNULL, cwd=ROOT):
         while time.monotonic() < start + 60:
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/lab", timeout=10).close()
@@ -192,7 +197,7 @@ def lab(*command: str) -> float:
 def worker_in_a_shell() -> float:
     """Seconds from starting a worker in a shell to its "ready."."""
     start = time.monotonic()
-    with process(*in_a_shell(WORKER), cwd=record.NOTEBOOKS) as worker:
+    with process(*in_a_shell(WORKER), cwd=kernels.NOTEBOOKS) as worker:
         until(worker, READY)
         return time.monotonic() - start
 
@@ -206,7 +211,7 @@ def worker_in_a_cell() -> float:
     """Seconds that a terminal cell with the same command takes."""
     sources = ["%load_ext course_tasks.classroom", f"%%terminal worker\n{WORKER}", "%stop"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
-    with record.executing(notebook) as client:
+    with kernels.executing(notebook) as client:
         for index, cell in enumerate(notebook.cells):
             start = time.monotonic()
             client.execute_cell(cell, index)
@@ -228,12 +233,12 @@ def floor(path: Path) -> float:
     imports = [f"try: {line}\nexcept ImportError: pass" for line in imports]  # of a file that the notebook writes
     imports.append("import redis")  # which Celery's client does when it first sends
     start = time.monotonic()
-    with record.executing(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("\n".join(imports))])) as client:
+    with kernels.executing(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("\n".join(imports))])) as client:
         client.execute_cell(client.nb.cells[0], 0)
     seconds = time.monotonic() - start
     running: dict[str, subprocess.Popen] = {}
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # so that a script's "ready" is seen through a pipe
-    with record.workplace() as folder, ExitStack() as ending:
+    with kernels.workplace() as folder, ExitStack() as ending:
         ending.callback(lambda: stopped(running, list(running), kill=True))  # if a command fails
         for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
             tags = cell.metadata.get("tags", [])
@@ -279,7 +284,7 @@ def stopped(running: dict[str, subprocess.Popen], names: list[str], kill: bool =
 def tested(path: Path, report: Path) -> float:
     """Seconds that pytest spends on the notebook's cells in nbval, its own start and the learner left out."""
     command = [sys.executable, "-m", "pytest", "-q", "-k", "Cell", f"--junitxml={report}", path]
-    subprocess.run(command, cwd=record.ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return sum(float(case.get("time")) for case in ElementTree.parse(report).iter("testcase"))
 
 
@@ -299,7 +304,7 @@ def correlated(directory: Path) -> tuple[float, float]:
 
         clients = []
         for ids in ("off", "on"):
-            environment = {**os.environ, "IDS": ids, "PYTHONPATH": str(record.ROOT)}
+            environment = {**os.environ, "IDS": ids, "PYTHONPATH": str(ROOT)}
             options = ["--pool=threads", "-c", "1", "-Q", ids, "-n", f"{ids}@%h", "--without-mingle", "--loglevel=INFO"]
             worker = [sys.executable, "-m", "celery", "-A", "shop", "worker", *options]
             running.enter_context(process(*worker, cwd=directory, env=environment, stdout=subprocess.DEVNULL))

@@ -1,0 +1,1 @@
+"""What contributors use: `record` stores the notebooks' outputs, `bench` measures the course."""
