@@ -112,7 +112,7 @@ def _install(dev: bool, lock: int) -> None:
         _check_made_by_hand()
         usable = True
     else:
-        usable = bool(old) and (old["venv"], old["python"]) == (new["venv"], new["python"])
+        usable = old is not None and all(old.get(key) == new[key] for key in ("venv", "python"))
     if not usable and VENV.is_symlink():
         raise Problem(f".venv is a link to {VENV.resolve()}, which others may use. Remove the link, and run this again")
     VENV.mkdir(exist_ok=True)
@@ -140,7 +140,7 @@ def _install(dev: bool, lock: int) -> None:
 
 def _check_made_by_hand() -> None:
     """Raises Problem if a .venv that was made without this command can't be used: it is not ours to delete."""
-    command = [PYTHON, "-c", "import sys; print('{}.{}'.format(*sys.version_info))"]
+    command = [str(PYTHON), "-c", "import sys; print('{}.{}'.format(*sys.version_info))"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (FileNotFoundError, subprocess.CalledProcessError):
@@ -182,8 +182,15 @@ def _run(command: list, lock: int) -> tuple[int, str]:
     live, width = sys.stdout.isatty(), shutil.get_terminal_size().columns - 1
     started, code, text, shown = time.monotonic(), None, "Preparing", 0
     with LOG.open("wb") as log:
-        options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | pip, pass_fds=[lock], **options)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | pip,
+            pass_fds=[lock],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
     while code is None:
         with suppress(subprocess.TimeoutExpired):
             code = process.wait(0.2)

@@ -8,6 +8,7 @@ from pathlib import Path
 from celery.utils.log import get_task_logger
 
 from course_tasks.celery import app
+from course_tasks.spans import Span
 
 logger = get_task_logger(__name__)
 
@@ -74,10 +75,10 @@ def whereami(seconds: float = 0) -> dict[str, int | str]:
 
 
 @app.task(name="wait")
-def wait(seconds: float) -> dict[str, float | int | str]:
+def wait(seconds: float) -> Span:
     """Do nothing for ``seconds`` seconds, as a task does that waits for an answer from the network.
 
-    Returns who ran it and when: see `_span`.
+    Returns who ran it and when.
     """
     start = time.time()
     time.sleep(seconds)
@@ -85,26 +86,30 @@ def wait(seconds: float) -> dict[str, float | int | str]:
 
 
 @app.task(name="compute")
-def compute(seconds: float) -> dict[str, float | int | str]:
+def compute(seconds: float) -> Span:
     """Use up ``seconds`` seconds of a processor's time, however long that takes on a busy machine.
 
-    Returns who ran it and when: see `_span`.
+    Returns who ran it and when.
     """
-    start, line, end = time.time(), _in_line(), time.thread_time() + seconds
+    start, delayed, end = time.time(), _delayed(), time.thread_time() + seconds
     while time.thread_time() < end:
         sum(range(1000))
-    return _span(seconds, start, _in_line() - line)
+    return _span(seconds, start, _delayed() - delayed)
 
 
-def _span(seconds: float, start: float, delayed: float = 0.0) -> dict[str, float | int | str]:
-    """Who ran a task (``pid``, and the ``thread``'s name), from when to when (``start`` and ``end``, in seconds since
-    the Epoch), how long it was ``delayed`` as others had the processors, and the ``seconds`` that it was asked for."""
-    who = {"pid": os.getpid(), "thread": threading.current_thread().name}
-    return who | {"start": start, "end": time.time(), "delayed": delayed, "seconds": seconds}
+def _span(seconds: float, start: float, delayed: float = 0.0) -> Span:
+    return {
+        "pid": os.getpid(),
+        "thread": threading.current_thread().name,
+        "start": start,
+        "end": time.time(),
+        "delayed": delayed,
+        "seconds": seconds,
+    }
 
 
-def _in_line() -> float:
-    """Seconds that this thread has been ready to run while others had the processors; 0 where no Linux tells it."""
+def _delayed() -> float:
+    """Seconds that this thread was ready to run while others had the processors; 0 on systems other than Linux."""
     try:
         return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
     except OSError:

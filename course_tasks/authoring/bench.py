@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import nbformat
-import psutil
+from redis import Redis
 
 from course_tasks import servers
 from course_tasks.__main__ import activate
@@ -127,7 +127,7 @@ def process(*command: str, **options):
 def fresh_clone(directory: Path) -> tuple[float, float]:
     """Seconds for a plain `pip install` of the requirements in a clone, and from another clone to the first result."""
     times = []
-    python = Path(sys.base_prefix, "bin", "python3")
+    python = shlex.quote(str(Path(sys.base_prefix, "bin", "python3")))
     plain = f"{python} -m venv .venv && .venv/bin/pip install -q -r requirements.txt"
     ours = f"{python} -m course_tasks install"
     for name, command in (("plain", plain), ("ours", ours)):
@@ -162,10 +162,12 @@ def until(running: subprocess.Popen, pattern: str) -> None:
     patience = threading.Timer(60, os.killpg, [running.pid, signal.SIGKILL])  # its children hold the pipe, too
     patience.start()
     line = ""
-    found = any(re.search(pattern, plain((line := text).rstrip())) for text in running.stdout)
-    patience.cancel()
+    try:
+        found = any(re.search(pattern, plain((line := text).rstrip())) for text in running.stdout or ())
+    finally:
+        patience.cancel()
     if not found and running.wait():
-        raise SystemExit(f"{running.args} ended: {line}")
+        raise SystemExit(f"{running.args!r} ended: {line}")
 
 
 def course_lab() -> float:
@@ -277,15 +279,16 @@ def stopped(running: dict[str, subprocess.Popen], names: list[str], kill: bool =
         process.wait(timeout=60)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # what the command has started beside the program
-        process.stdout.close()
+        if process.stdout:
+            process.stdout.close()
     return time.monotonic() - start
 
 
 def tested(path: Path, report: Path) -> float:
     """Seconds that pytest spends on the notebook's cells in nbval, its own start and the learner left out."""
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "Cell", f"--junitxml={report}", path]
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "Cell", f"--junitxml={report}", str(path)]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    return sum(float(case.get("time")) for case in ElementTree.parse(report).iter("testcase"))
+    return sum(float(case.attrib["time"]) for case in ElementTree.parse(report).iter("testcase"))
 
 
 def correlated(directory: Path) -> tuple[float, float]:
@@ -299,6 +302,7 @@ def correlated(directory: Path) -> tuple[float, float]:
     with ExitStack() as running:
 
         def trips(client: subprocess.Popen) -> float:
+            assert client.stdin and client.stdout
             print(100, file=client.stdin, flush=True)
             return float(client.stdout.readline())
 
@@ -319,11 +323,7 @@ def correlated(directory: Path) -> tuple[float, float]:
 
 def memory(pair: servers.Pair) -> float:
     """The resident memory of both servers together, in MB (millions of bytes)."""
-    ports = {int(re.search(r":(\d+)/", url)[1]) for url in (pair.broker, pair.backend)}
-    listening = {
-        found.pid for found in psutil.net_connections("tcp") if found.status == "LISTEN" and found.laddr.port in ports
-    }
-    return sum(psutil.Process(pid).memory_info().rss for pid in listening) / 1e6
+    return sum(Redis.from_url(url).info("memory")["used_memory_rss"] for url in (pair.broker, pair.backend)) / 1e6
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def comparable(cell: nbformat.NotebookNode) -> list:
             value = re.sub(pattern, replacement, value)
         return sorted(value.splitlines()) if unordered and isinstance(value, str) else value
 
-    found = []
+    found: list[tuple | dict] = []
     for output in coalesce_streams([nbformat.from_dict(output) for output in cell.outputs]) or []:
         if output.output_type == "stream":
             found.append((output.name, sanitised(output.text)))

@@ -5,21 +5,62 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+# What a learner calls the types of answers.
+WORDS = {
+    "AsyncResult": "a receipt (an AsyncResult)",
+    "Callable": "a function",
+    "NoneType": "None",
+    "Task": "a task",
+    "dict": "a dictionary",
+    "float": "a number",
+    "function": "a function",
+    "int": "a whole number",
+    "list": "a list",
+    "str": "a text",
+}
+
+
+class WrongAnswer(Exception):
+    """Says why an answer is wrong: `str(error)` is the reason."""
+
 
 @dataclass(frozen=True)
 class Exercise:
     """One exercise.
 
     Attributes:
-        kind: the type, or types, that an answer has to be of.
-        judge: takes an answer of that type; returns why it is wrong, or None if it is right.
+        kind: the type, or a tuple of types, that an answer should have.
+        judge: takes an answer of that type. Returns why it is wrong (or raises WrongAnswer), or None if it is right.
         wrong: plausible wrong answers as Python, put in the learner's place by the tests, each with a part of the
             reason that it must be given.
     """
 
-    kind: type | tuple[type, ...]
+    kind: Any
     judge: Callable[[Any], str | None]
     wrong: dict[str, str]
+
+
+def called(answer: Callable, *args: Any, case: str = "") -> Any:
+    """Call a learner's function.
+
+    Args:
+        answer: the function.
+        args: its arguments.
+        case: what the call is about, for the reason, such as "for 8 tasks on 4 slots ".
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        WrongAnswer: the function raised something, even if that would end a program (SystemExit).
+        KeyboardInterrupt: the learner interrupted it.
+    """
+    try:
+        return answer(*args)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise WrongAnswer(f"{case}your function raised {type(error).__name__}: {error}.") from error
 
 
 def all_of(chapter: str) -> dict[str, Exercise]:
@@ -44,7 +85,14 @@ def _verdict(exercise: str, answer: Any) -> str:
         return f"☐ {exercise}: still to do. Put your answer in place of the dots (...), and run both cells again."
     if not isinstance(answer, found.kind):
         kinds = found.kind if isinstance(found.kind, tuple) else (found.kind,)
-        wanted = " or ".join(kind.__name__ for kind in kinds)
-        return f"✘ {exercise}: the answer is to be of type {wanted}, and this one is of type {type(answer).__name__}."
-    reason = found.judge(answer)
+        wanted = " or ".join(map(_in_words, kinds))
+        return f"✘ {exercise}: the answer should be {wanted}, and this is {_in_words(type(answer))}."
+    try:
+        reason = found.judge(answer)
+    except WrongAnswer as error:
+        reason = str(error)
     return f"✘ {exercise}: {reason}" if reason else f"✔ {exercise}: right."
+
+
+def _in_words(kind: Any) -> str:
+    return WORDS.get(kind.__name__, f"an object of type {kind.__name__}")

@@ -46,7 +46,7 @@ EXERCISES = {
             'answer = client.send_task("add", args=(4, 5))': "its result is 9",
             'answer = client.send_task("add", args=("20", "22"))': "you sent texts",
             'answer = client.send_task("main.add", args=(20, 22))': "no worker knows a task called",
-            'answer = client.send_task("add", args=(20, 22)).get(timeout=10)': "to be of type AsyncResult",
+            'answer = client.send_task("add", args=(20, 22)).get(timeout=10)': "should be a receipt",
         },
     ),
     "00-2": Exercise(

@@ -5,23 +5,22 @@ import json
 import os
 import uuid
 from collections.abc import Callable
-from types import FunctionType
 
 from celery import Celery
 from redis import Redis
 
-from course_tasks.exercises import Exercise
+from course_tasks.exercises import Exercise, WrongAnswer, called
 
 
 def _reads_a_message(answer: Callable) -> str | None:
     for task, args, kwargs in (("add", [4, 5], {}), ("add_long", [1, 2], {"seconds": 3}), ("sum", [[7] * 1000], {})):
         raw = _message(task, args, kwargs)
         try:
-            found = answer(raw)
-        except Exception as error:
+            found = called(answer, raw, case=f"given a waiting message of {task}, ")
+        except WrongAnswer as error:
             if len(json.dumps(args)) > 1000:
-                return f"{type(error).__name__} on a list of 1000 numbers: Celery cuts argsrepr off. Read the body."
-            return f"given a waiting message of {task}, your function raised {type(error).__name__}: {error}."
+                return f"{error} The message has a list of 1000 numbers. Celery cuts argsrepr off, so read the body."
+            raise
         if not isinstance(found, tuple | list) or len(found) != 3:
             return f"return three things, the name, the positional arguments and those with names, not {_short(found)}."
         if found[0] != task:
@@ -73,11 +72,11 @@ def _takes_safely(answer: Callable) -> str | None:
     with Redis.from_url(url) as broker, _Mortal.from_url(url, socket_timeout=1) as mortal:
         broker.lpush(queue, "oldest", "newest")
         try:
-            job, dead = answer(mortal, queue, taken), False
-        except _Dead:
+            job, dead = called(answer, mortal, queue, taken), False
+        except WrongAnswer as error:
+            if not isinstance(error.__cause__, _Dead):
+                raise
             job, dead = None, True
-        except Exception as error:
-            return f"your function raised {type(error).__name__}: {error}."
         finally:
             left, kept = broker.lrange(queue, 0, -1), broker.lrange(taken, 0, -1)
             broker.delete(queue, taken)
@@ -98,7 +97,7 @@ def _takes_safely(answer: Callable) -> str | None:
 
 EXERCISES = {
     "01-1": Exercise(
-        kind=FunctionType,
+        kind=Callable,
         judge=_reads_a_message,
         wrong={
             'answer = lambda raw: [json.loads(raw)["headers"][n] for n in ("task", "argsrepr", "kwargsrepr")]': (
@@ -112,11 +111,11 @@ EXERCISES = {
             ),
             'answer = lambda raw: json.loads(base64.b64decode(json.loads(raw)["body"]))': "and your function found",
             'answer = lambda raw: json.loads(raw)["headers"]': "return three things",
-            'answer = ("add", [4, 5], {})': "to be of type function",
+            'answer = ("add", [4, 5], {})': "should be a function",
         },
     ),
     "01-2": Exercise(
-        kind=FunctionType,
+        kind=Callable,
         judge=_takes_safely,
         wrong={
             "def answer(broker, queue, taken):\n"

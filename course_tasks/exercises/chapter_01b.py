@@ -4,11 +4,10 @@ import os
 import re
 import uuid
 from collections.abc import Callable
-from types import FunctionType
 
 from redis import Redis
 
-from course_tasks.exercises import Exercise
+from course_tasks.exercises import Exercise, WrongAnswer, called
 
 
 class _Endless(Exception):
@@ -34,11 +33,11 @@ def _rescues(answer: Callable) -> str | None:
         broker.lpush(wrong, "first", "second", "third")
         broker.lpush(right, "waiting")
         try:
-            answer(patient, wrong, right)
-        except _Endless:
-            return "your function went on asking the broker without end. When is there nothing more to move?"
-        except Exception as error:
-            return f"your function raised {type(error).__name__}: {error}."
+            called(answer, patient, wrong, right)
+        except WrongAnswer as error:
+            if isinstance(error.__cause__, _Endless):
+                return "your function went on asking the broker without end. When is there nothing more to move?"
+            raise
         finally:
             left, moved = ([one.decode() for one in broker.lrange(key, 0, -1)] for key in (wrong, right))
             broker.delete(wrong, right)
@@ -80,7 +79,7 @@ def _careful(answer: dict) -> str | None:
 
 EXERCISES = {
     "01b-1": Exercise(
-        kind=FunctionType,
+        kind=Callable,
         judge=_rescues,
         wrong={
             "answer = lambda broker, wrong, right: broker.rename(wrong, right)": "in the right queue already is gone",

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from celery import Celery
 
-from course_tasks.exercises import Exercise
+from course_tasks.exercises import Exercise, WrongAnswer, called
 
 
 def _time_to_live(answer: int) -> str | None:
@@ -33,10 +33,7 @@ def _looks_up(answer: Callable) -> str | None:
 
 
 def _judged_lookup(answer: Callable, task_id: str, of_zero: str) -> str | None:
-    try:
-        found = answer(task_id)
-    except Exception as error:
-        return f"called with the id of a stored result it raised {type(error).__name__}: {error}"
+    found = called(answer, task_id, case="given the id of a stored result, ")
     if isinstance(found, bytes | str):
         return "it returned the record as text. json.loads makes a dictionary of it."
     if isinstance(found, dict):
@@ -46,11 +43,12 @@ def _judged_lookup(answer: Callable, task_id: str, of_zero: str) -> str | None:
     if found != [4, 5]:
         return f"the stored result is [4, 5], and it returned {found!r}."
     try:
-        if (found := answer(str(uuid.uuid4()))) is not None:
-            return f"nothing is stored for an unknown id, and it returned {found!r}, not None."
-    except Exception as error:
-        return f"with an unknown id it raised {type(error).__name__}: nothing is stored then, so return None."
-    if answer(of_zero) != 0:
+        found = called(answer, str(uuid.uuid4()), case="given an unknown id, ")
+    except WrongAnswer as error:
+        return f"{error} Nothing is stored for that id, so return None."
+    if found is not None:
+        return f"nothing is stored for an unknown id, and it returned {found!r}, not None."
+    if called(answer, of_zero, case="given the id of a result that is 0, ") != 0:
         return "a task whose result is 0 has a result too, and it did not return that 0."
     return None
 
@@ -63,7 +61,7 @@ EXERCISES = {
             'answer = broker.ttl(f"celery-task-meta-{results[0].id}")': "this server has no such key",
             'answer = backend.pttl(f"celery-task-meta-{results[0].id}")': "in milliseconds",
             "answer = app.conf.result_expires": "what the key began with",
-            "answer = client.conf.result_expires": "to be of type int",
+            "answer = client.conf.result_expires": "should be a whole number",
         },
     ),
     "02-2": Exercise(
@@ -73,10 +71,10 @@ EXERCISES = {
             'answer = lambda task_id: backend.get(f"celery-task-meta-{task_id}")': "the record as text",
             'answer = lambda task_id: json.loads(backend.get(f"celery-task-meta-{task_id}"))': "the whole record",
             'answer = lambda task_id: json.loads(backend.get(f"celery-task-meta-{task_id}"))["result"]': (
-                "with an unknown id it raised TypeError"
+                "given an unknown id, your function raised TypeError"
             ),
             "answer = lambda task_id: backend.get(task_id)": "for a result that is stored",
-            'answer = json.loads(backend.get(f"celery-task-meta-{results[0].id}"))["result"]': "to be of type Callable",
+            'answer = json.loads(backend.get(f"celery-task-meta-{results[0].id}"))["result"]': "should be a function",
         },
     ),
 }

@@ -8,7 +8,7 @@ from celery import Celery
 from celery.exceptions import TimeoutError
 from celery.result import AsyncResult
 
-from course_tasks.exercises import Exercise
+from course_tasks.exercises import Exercise, WrongAnswer, called
 
 
 def _exception(answer: object) -> str | None:
@@ -57,13 +57,13 @@ def _outcome(answer: Callable) -> str | None:
 def _judged(answer: Callable, result: AsyncResult, state: str, value: object) -> str | None:
     begun = time.monotonic()
     try:
-        found = answer(result)
-    except TimeoutError:
-        return f"it waited for a task that is {state}. Ask whether the task is over before you want its result."
-    except Exception as error:
-        if isinstance(value, BaseException) and isinstance(error, type(value)):
-            return f"for a task that is {state} it raised {type(error).__name__}: return the exception instead."
-        return f"for a task that is {state} it raised {type(error).__name__}: {error}"
+        found = called(answer, result, case=f"for a task that is {state}, ")
+    except WrongAnswer as error:
+        if isinstance(error.__cause__, TimeoutError):
+            return f"it waited for a task that is {state}. Ask whether the task is over before you want its result."
+        if isinstance(value, BaseException) and isinstance(error.__cause__, type(value)):
+            return f"{error} Return the exception instead."
+        raise
     if time.monotonic() - begun > 0.4:
         return f"it waited for a task that is {state}, and it was to come back at once."
     if isinstance(found, AsyncResult):
@@ -108,7 +108,7 @@ EXERCISES = {
         judge=_outcome,
         wrong={
             "answer = lambda result: result.result": "is STARTED isn't over",
-            "answer = lambda result: result.get(timeout=1)": "is FAILURE it raised ZeroDivisionError",
+            "answer = lambda result: result.get(timeout=1)": "is FAILURE, your function raised ZeroDivisionError",
             "answer = lambda result: result.get(timeout=1, propagate=False)": "it waited for a task that is STARTED",
             "answer = lambda result: result.result if result.successful() else None": "None, not the exception",
             "answer = lambda result: result.result or None": "for a task that returned 0 it returned None",

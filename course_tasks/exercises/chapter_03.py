@@ -11,7 +11,7 @@ from celery.bin.worker import worker
 from course_tasks.exercises import Exercise
 
 
-def _registered(answer: object) -> str | None:
+def _registered(answer: list | tuple | set | dict) -> str | None:
     if isinstance(answer, dict):
         return "this is a dictionary with the answers of nodes, by their names. Take the list of one node out of it."
     names = {str(name) for name in answer}

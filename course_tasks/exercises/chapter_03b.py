@@ -2,7 +2,7 @@
 
 from celery.app.task import Task
 
-from course_tasks.exercises import Exercise
+from course_tasks.exercises import Exercise, called
 
 
 def _active(answer: list | dict) -> str | None:
@@ -25,10 +25,7 @@ def _late(answer: Task) -> str | None:
         return "it is acknowledged before it runs, so a killed worker loses it."
     if answer.ignore_result:
         return "it stores no result. Leave ignore_result out."
-    try:
-        value = answer("Ada")
-    except Exception as error:
-        return f'bill("Ada") raises {type(error).__name__}: {error}.'
+    value = called(answer, "Ada", case='for bill("Ada"), ')
     return None if value == "Ada" else f'bill("Ada") returns {value!r}, and should return the customer.'
 
 
@@ -55,7 +52,7 @@ EXERCISES = {
             BILL.format('name="bill"', "return customer"): "acknowledged before it runs",
             BILL.format("acks_late=True", "return customer"): "without name=",
             BILL.format('name="bill", acks_late=True', "pass"): "returns None",
-            "def bill(customer):\n    return customer\n\n\nanswer = bill": "to be of type Task",
+            "def bill(customer):\n    return customer\n\n\nanswer = bill": "should be a task",
         },
     ),
 }

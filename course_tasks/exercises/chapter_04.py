@@ -7,7 +7,7 @@ from collections.abc import Callable
 from celery.signals import before_task_publish
 from kombu.exceptions import EncodeError
 
-from course_tasks.exercises import Exercise
+from course_tasks.exercises import Exercise, WrongAnswer, called
 
 
 def _message(answer: dict) -> str | None:
@@ -31,11 +31,11 @@ def _joins_sets(answer: Callable) -> str | None:
 
     before_task_publish.connect(note)
     try:
-        value = answer({3, 1}, {2, 1})
-    except EncodeError:
-        return "JSON knows no sets. Make lists of them before you send."
-    except Exception as error:
-        return f"answer({{3, 1}}, {{2, 1}}) ended with {type(error).__name__}: {error}"
+        value = called(answer, {3, 1}, {2, 1}, case="for {3, 1} and {2, 1}, ")
+    except WrongAnswer as error:
+        if isinstance(error.__cause__, EncodeError):
+            return "JSON knows no sets. Make lists of them before you send."
+        raise
     finally:
         before_task_publish.disconnect(note)
     if not sent:
@@ -63,7 +63,7 @@ EXERCISES = {
             'answer = json.loads(broker.lpop("look"))': "the task asks for x and y",
             'answer = {"x": 1, "y": 4}': "not the whole message",
             'client.send_task("divide", kwargs={"x": 1, "y": 4}, queue="look"); answer = broker.lpop("look")': (
-                "to be of type dict"
+                "should be a dictionary"
             ),
         },
     ),
@@ -79,7 +79,7 @@ EXERCISES = {
                 "Make a set of what comes back"
             ),
             'answer = lambda one, other: client.send_task("add", args=(list(one), list(other)))': "which is no set",
-            "answer = lambda one: one": "ended with TypeError",
+            "answer = lambda one: one": "your function raised TypeError",
         },
     ),
 }

@@ -76,9 +76,7 @@ EXERCISES = {
             'answer = (client.signature("add", args=(1, 2)) | client.signature("add", args=(3, 4))).delay()': (
                 "it ended with TypeError"
             ),
-            'answer = group(client.signature("add", args=(1, n)) for n in (2, 3, 4)).delay()': (
-                "to be of type AsyncResult"
-            ),
+            'answer = group(client.signature("add", args=(1, n)) for n in (2, 3, 4)).delay()': ("should be a receipt"),
         },
     ),
 }

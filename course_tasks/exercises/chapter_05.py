@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from course_tasks.exercises import Exercise
+from course_tasks.exercises import Exercise, called
 from course_tasks.spans import FIELDS, slots, speedup
 
 # What the task wait returns in each pool, and the pid of the worker's main process.
@@ -36,10 +36,7 @@ def _pool(answer: Callable) -> str | None:
             {"pid": pid, "thread": thread, "start": 1.0, "end": 2.0, "delayed": 0.0, "seconds": 1.0}
             for thread in threads
         ]
-        try:
-            said = answer(main, values)
-        except Exception as error:
-            return f"for tasks of {name} it raises {type(error).__name__}: {error}."
+        said = called(answer, main, values, case=f"for tasks of {name}, ")
         if said != name:
             where = "the main process" if pid == main else "another process"
             return f"it says {said!r} of tasks that ran in {where}, in threads called {threads}. That was {name}."
@@ -72,7 +69,7 @@ EXERCISES = {
             "    if values[0]['pid'] != main:\n"
             "        return 'prefork'\n"
             "    return 'solo' if values[0]['thread'] == 'MainThread' else 'threads'": "That was gevent",
-            "answer = 'prefork'": "to be of type Callable",
+            "answer = 'prefork'": "should be a function",
         },
     ),
 }

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from celery.result import AsyncResult
 
-from course_tasks.exercises import Exercise
+from course_tasks.exercises import Exercise, called
 
 COMMANDS = {
     "celery -A shop worker -P gevent -c 10": True,
@@ -32,10 +32,7 @@ def _ended(answer: AsyncResult) -> str | None:
 
 def _patched(answer: Callable) -> str | None:
     for command, right in COMMANDS.items():
-        try:
-            said = answer(command)
-        except Exception as error:
-            return f"for {command!r} it raises {type(error).__name__}: {error}."
+        said = called(answer, command, case=f"for {command!r}, ")
         if said is not right:
             return f"it says {said!r} of {command!r}. Celery {'patches' if right else 'does not patch'} there."
     return None
@@ -62,7 +59,7 @@ EXERCISES = {
             "answer = lambda command: 'gevent' in command": "worker -Pgevent -c 10'. Celery does not",
             "answer = lambda command: '-P gevent' in command": "--pool gevent'. Celery patches there",
             "answer = lambda command: '-P gevent' in command or '--pool gevent' in command": "--pool=gevent",
-            "answer = True": "to be of type Callable",
+            "answer = True": "should be a function",
         },
     ),
 }

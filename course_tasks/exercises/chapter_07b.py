@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextvars import ContextVar
 
-from course_tasks.exercises import Exercise
+from course_tasks.exercises import Exercise, WrongAnswer, called
 
 # What Celery puts into a message's headers itself, or into a task's request beside them.
 TAKEN = {"argsrepr", "correlation_id", "delivery_info", "eta", "expires", "group", "group_index", "hostname", "id"}
@@ -11,24 +11,31 @@ TAKEN |= {"ignore_result", "kwargsrepr", "lang", "origin", "parent_id", "propert
 TAKEN |= {"shadow", "stamped_headers", "stamps", "task", "timelimit"}
 
 
+class _NoStock(Exception):
+    """What a block fails with."""
+
+
 def _holding(answer: Callable) -> str | None:
     variable = ContextVar("variable", default="nobody")
     variable.set("ada-7")
-    try:
+    within = []
+
+    def used(fails: bool) -> None:
         with answer(variable, "ben-8"):
-            if variable.get() != "ben-8":
-                return f"in the block the value is {variable.get()!r}, and should be the given one."
-    except Exception as error:
-        return f"with holding(variable, value): raises {type(error).__name__}: {error}."
+            within.append(variable.get())
+            if fails:
+                raise _NoStock
+
+    called(used, False, case="for `with holding(variable, value):`, ")
+    if within != ["ben-8"]:
+        return f"in the block the value is {within[0]!r}, and should be the given one."
     if variable.get() != "ada-7":
         return f"after the block the value is {variable.get()!r}, and before it was 'ada-7'."
     try:
-        with answer(variable, "ben-8"):
-            raise ValueError("no stock")
-    except ValueError:
-        pass
-    except Exception as error:
-        return f"if the block fails, it raises {type(error).__name__}: {error}."
+        called(used, True, case="if the block fails, ")
+    except WrongAnswer as error:
+        if not isinstance(error.__cause__, _NoStock):
+            raise
     else:
         return "it hides the error of a block that fails."
     return None if variable.get() == "ada-7" else f"after a block that fails, the value is {variable.get()!r}."
@@ -36,19 +43,16 @@ def _holding(answer: Callable) -> str | None:
 
 def _publish(answer: Callable) -> str | None:
     message = {"id": "1f2e3d4c", "task": "order", "root_id": "1f2e3d4c"}
-    first, again, without = dict(message), {}, dict(message)
-    try:
-        answer(first, "ada-7")
-        names = [name for name, value in first.items() if message.get(name) != value]
-        if taken := TAKEN.intersection(names):
-            return f"the name {min(taken)} is taken: Celery's own value wins in the worker, or is lost."
-        if [first[name] for name in names] != ["ada-7"]:
-            return f"the headers should have the id under one new name, and are {first}."
-        again = message | {names[0]: "ada-7"}
-        answer(again, "ben-8")
-        answer(without, None)
-    except Exception as error:
-        return f"it raises {type(error).__name__}: {error}."
+    first, without = dict(message), dict(message)
+    called(answer, first, "ada-7")
+    names = [name for name, value in first.items() if message.get(name) != value]
+    if taken := TAKEN.intersection(names):
+        return f"the name {min(taken)} is taken: Celery's own value wins in the worker, or is lost."
+    if [first[name] for name in names] != ["ada-7"]:
+        return f"the headers should have the id under one new name, and are {first}."
+    again = message | {names[0]: "ada-7"}
+    called(answer, again, "ben-8", case="for a message that has an id, ")
+    called(answer, without, None, case="with no id, ")
     if again[names[0]] != "ada-7":
         return "the message had an id, ada-7, and it is overwritten."
     return None if without == message else f"with no id the headers should stay as they are, and have become {without}."
@@ -65,7 +69,7 @@ EXERCISES = {
             MANAGER + "    token = variable.set(value)\n    yield\n    variable.reset(token)": (
                 "after a block that fails"
             ),
-            "def answer(variable, value):\n    variable.set(value)": "raises TypeError",
+            "def answer(variable, value):\n    variable.set(value)": "your function raised TypeError",
             MANAGER + "    yield": "in the block the value is 'ada-7'",
         },
     ),

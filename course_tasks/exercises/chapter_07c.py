@@ -5,13 +5,14 @@ import threading
 from collections.abc import Callable
 from contextvars import ContextVar, copy_context
 
-from course_tasks.exercises import Exercise
+from course_tasks.exercises import Exercise, called
 
 PATIENCE = 10  # seconds for a thread that only looks at a variable
 
 
 def _start(answer: Callable) -> str | None:
-    variable, seen, done = ContextVar("variable", default=None), [], threading.Event()
+    variable: ContextVar[str | None] = ContextVar("variable", default=None)
+    seen, done = [], threading.Event()
 
     def look() -> None:
         seen.extend([variable.get(), threading.current_thread()])
@@ -19,10 +20,7 @@ def _start(answer: Callable) -> str | None:
 
     def call() -> str | None:
         variable.set("ada-7")
-        try:
-            answer(look)
-        except Exception as error:
-            return f"start(function) raises {type(error).__name__}: {error}."
+        called(answer, look)
         if not done.wait(PATIENCE):
             return "the function is never called. Is the thread started?"
         id, thread = seen
@@ -66,7 +64,7 @@ EXERCISES = {
             "from contextvars import copy_context\n"
             + THREADS
             + "    threading.Thread(target=lambda: copy_context().run(function)).start()": "its context is empty",
-            THREADS + "    threading.Thread(function).start()": "raises AssertionError",
+            THREADS + "    threading.Thread(function).start()": "your function raised AssertionError",
         },
     ),
     "07c-2": Exercise(

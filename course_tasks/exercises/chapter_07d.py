@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextvars import copy_context
 
 from course_tasks.correlation import HEADER, correlation_id
-from course_tasks.exercises import Exercise
+from course_tasks.exercises import Exercise, called
 
 IMPORT = "from course_tasks.correlation import correlation_id, new_id\n"
 NOT_IT = {
@@ -31,10 +31,7 @@ def _outgoing(answer: Callable) -> str | None:
     for current in ("eve-9", "ada-7", None):
         context = copy_context()
         context.run(correlation_id.set, current)
-        try:
-            said = context.run(answer)
-        except Exception as error:
-            return f"it raises {type(error).__name__}: {error}."
+        said = called(context.run, answer)
         if not isinstance(said, dict):
             return f"it returns {type(said).__name__}, and should return a dictionary."
         found = {str(name).lower(): value for name, value in said.items()}
@@ -72,7 +69,7 @@ EXERCISES = {
                 "that is another trail"
             ),
             f"{IMPORT}answer = lambda: {{HEADER: correlation_id.get()}}": "the header of Celery's messages",
-            'answer = {"X-Request-ID": "eve-9"}': "to be of type Callable",
+            'answer = {"X-Request-ID": "eve-9"}': "should be a function",
         },
     ),
 }

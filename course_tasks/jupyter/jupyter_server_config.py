@@ -10,7 +10,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
-c = get_config()  # noqa: F821 (Jupyter defines it)
+c = get_config()  # type: ignore[name-defined] # noqa: F821 (Jupyter defines it)
 c.ServerApp.root_dir = str(ROOT)  # not notebooks/: links to ../README.md must work
 c.ServerApp.allow_root = os.geteuid() == 0  # in a container people are root
 c.LabApp.default_url = "/lab/tree/notebooks/00_welcome.ipynb"
@@ -36,7 +36,7 @@ def release_threads() -> None:
     threading.main_thread().join()
     for thread in threading.enumerate():
         if thread.name == "AnyIO worker thread":
-            thread.stop()
+            thread.stop()  # type: ignore[attr-defined] # AnyIO's own class of threads
 
 
 threading.Thread(target=release_threads, name="release_threads", daemon=True).start()

@@ -24,7 +24,7 @@ class Hostile:
         ("nonsense", ..., "There is no exercise 'nonsense'"),
         (None, 1, "There is no exercise None"),
         ("00-3", ..., "☐ 00-3: still to do"),
-        ("00-3", 5, "✘ 00-3: the answer is to be of type str, and this one is of type int"),
+        ("00-3", 5, "✘ 00-3: the answer should be a text, and this is a whole number"),
         ("00-2", Hostile, "✘ 00-2: "),
         ("00-3", "PENDING", "✔ 00-3"),
     ],
