@@ -128,9 +128,9 @@ def fresh_clone(directory: Path) -> tuple[float, float]:
     """Seconds for a plain `pip install` of the requirements in a clone, and from another clone to the first result."""
     times = []
     python = shlex.quote(str(Path(sys.base_prefix, "bin", "python3")))
-    plain = f"{python} -m venv .venv && .venv/bin/pip install -q -r requirements.txt"
+    usual = f"{python} -m venv .venv && .venv/bin/pip install -q -r requirements.txt"
     ours = f"{python} -m course_tasks install"
-    for name, command in (("plain", plain), ("ours", ours)):
+    for name, command in (("usual", usual), ("ours", ours)):
         clone = directory / name
         subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
         start = time.monotonic()
@@ -144,8 +144,8 @@ def fresh_clone(directory: Path) -> tuple[float, float]:
                 process("python", "-m", "course_tasks", "servers", cwd=clone, env=environment) as pair,
                 process(*shlex.split(WORKER), cwd=clone, env=environment) as worker,
             ):
-                until(pair, "Backend")
-                until(worker, READY)
+                read_until(pair, "Backend")
+                read_until(worker, READY)
                 subprocess.run(["python", "-c", FIRST_RESULT], cwd=clone, env=environment, check=True)
                 times.append(time.monotonic() - start)
         else:
@@ -153,7 +153,7 @@ def fresh_clone(directory: Path) -> tuple[float, float]:
     return times[0], times[1]
 
 
-def until(running: subprocess.Popen, pattern: str) -> None:
+def read_until(running: subprocess.Popen, pattern: str) -> None:
     """Read what a process prints up to the first line that matches, or to its end, which comes after 60 s.
 
     Raises:
@@ -181,6 +181,7 @@ def plain_lab() -> float:
 
 
 def lab(*command: str) -> float:
+    """Seconds from starting a command to the first answer of its JupyterLab over HTTP."""
     port = free_port()
     start = time.monotonic()
     with process(sys.executable, *command, "--no-browser", f"--port={port}", stdout=subprocess.DEVNULL, cwd=ROOT):
@@ -200,7 +201,7 @@ def worker_in_a_shell() -> float:
     """Seconds from starting a worker in a shell to its "ready."."""
     start = time.monotonic()
     with process(*in_a_shell(WORKER), cwd=kernels.NOTEBOOKS) as worker:
-        until(worker, READY)
+        read_until(worker, READY)
         return time.monotonic() - start
 
 
@@ -260,7 +261,7 @@ def floor(path: Path) -> float:
                     text=True, start_new_session=True,
                 )  # fmt: skip
                 ready = words[words.index("--ready") + 1] if "--ready" in words else READY
-                until(running[words[0]], ready)
+                read_until(running[words[0]], ready)
                 seconds += time.monotonic() - start
             elif magic in ("%stop", "%kill"):
                 seconds += stopped(running, words or list(running), magic == "%kill")

@@ -23,14 +23,14 @@ KINDS = {"wait": "waited", "bar": "ran", "bad": "failed"}
 
 @dataclass
 class Step:
-    """A request, or one run of a task; times in seconds since the Epoch, None where the log does not tell.
+    """A request, or one run of a task. Times are in seconds since the Epoch, None where the log does not tell.
 
     Attributes:
         name: of the task, or the request's method and path.
         arrived: when its first line was written.
         started: when it began to run.
         ended: when its last line was.
-        how: it ended.
+        how: how it ended.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Step:
 
     @property
     def bad(self) -> bool:
+        """Whether it failed, or was answered with an error of the server's."""
         return self.how in BAD or self.how.startswith("answered 5")
 
 
@@ -77,7 +78,9 @@ class Trail:
         mine.sort(key=lambda line: line[0])  # lines of the same moment stay in their order
         self.id, self.steps = id, _steps(mine)
         if not self.steps:
-            raise ClassroomError(f"The lines with the id {id!r} tell of no request answered, and of no task received.")
+            raise ClassroomError(
+                f"The lines with the id {id!r} mention neither a request that was answered nor a task that was received."
+            )
         self._begin = min(step.arrived for step in self.steps)
         # what is not over goes on to the last line
         self._end = max([mine[-1][0], *(step.ended for step in self.steps if step.ended)])
