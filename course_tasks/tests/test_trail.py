@@ -132,7 +132,7 @@ def test_hostile_names_are_escaped_and_long_ones_shortened():
         ([], "ada-7", "None of these 0 lines has the id 'ada-7'"),
         (LINES, "ada", "They have: -, ada-7, eve-9."),
         (["[03:59:43 INFO ada-7] short"], "ada-7", "another format"),
-        (LINES, "-", "no request answered"),
+        (LINES, "-", "mention neither a request"),
     ],
 )
 def test_what_is_no_trail_gets_one_clear_line(lines, id, said):
