@@ -19,11 +19,15 @@ Options after -- go on untouched: `lab -- --help` shows JupyterLab's own help, `
 # as well, so that an old Python gets one clear line instead of a SyntaxError; what it needs of the course it
 # imports after that.
 
+import argparse
 import difflib
+import errno
 import os
 import platform
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +67,34 @@ def start_pair():
     return pair
 
 
+def port_problem(options):
+    """Say what is wrong with the port that `lab` is given; "" if nothing is, or there is none.
+
+    JupyterLab is told not to look for another port: whoever forwards a port to this machine would meet a stranger.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--port", "--ServerApp.port", nargs="?")
+    port = parser.parse_known_args(options)[0].port
+    if port is None:
+        return ""
+    if not port.isdigit() or int(port) > 65535:
+        return f"--port takes a number up to 65535, not {port}."
+    options.append("--ServerApp.port_retries=0")
+    for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+        try:
+            socket.create_server((host, int(port)), family=family).close()
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return f"Port {port} is taken on this machine. Choose another one, for example --port {int(port) + 1}."
+            if error.errno == errno.EACCES:
+                return f"Port {port} is reserved for the system. Choose one above 1023, for example --port 9001."
+    return ""
+
+
 def lab(options):
+    problem = port_problem(options)
+    if problem:
+        return complain(problem)
     start_pair()
     ours, theirs = str(Path(__file__).resolve().parent / "jupyter"), os.environ.get("JUPYTER_CONFIG_PATH")
     os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join([ours, theirs] if theirs else [ours])
@@ -76,10 +107,15 @@ def test(options):
 
 
 def servers(options):
+    from course_tasks.servers import without_secrets
+
     pair = start_pair()
     stopping = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
-    print(f"Broker:  {pair.broker}\nBackend: {pair.backend}\nCtrl-C ends this.", flush=True)
+    print(f"Broker:  {without_secrets(pair.broker)}\nBackend: {without_secrets(pair.backend)}")
+    if pair.script:
+        print(f"In another terminal, first type: . {shlex.quote(pair.script)}")
+    print("Ctrl-C ends this.", flush=True)
     signal.sigwait(stopping)
 
 

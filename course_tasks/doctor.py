@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 from course_tasks import servers
 from course_tasks.install import (
@@ -61,10 +62,15 @@ def _server() -> Finding:
 
 
 def _ports() -> Iterator[Finding]:
+    if given := servers.given_urls():
+        shown = ", ".join(f"{servers.VARIABLES[role]}={servers.without_secrets(url)}" for role, url in given.items())
+        yield "--", "servers", f"yours: {shown}. To try them: python3 -m course_tasks servers"
+        return
     pair = servers.running()
+    others = servers.ports_of_other_clones()
     for role, port in servers.DEFAULT_PORTS.items():
-        owner = _owner(port)
-        if pair and f":{port}/" in getattr(pair, role):
+        owner = "another clone's course" if port in others else _owner(port)
+        if pair and urlsplit(getattr(pair, role)).port == port:
             yield "ok", f"port {port}", f"the course's {role}, running"
         elif owner:
             yield "--", f"port {port}", f"held by {owner}: the course takes other ports"

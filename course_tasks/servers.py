@@ -4,14 +4,18 @@ Which two servers the course uses, in this order:
 
 1. `CELERY_BROKER_URL` and `CELERY_RESULT_BACKEND` name two: they are used, and never started or emptied;
 2. this clone's pair runs already: it is shared;
-3. the default ports carry the course's mark (docker compose): they are used;
+3. the default ports carry the course's mark (docker compose): they are used, with a notice;
 4. the default ports are free: a new pair starts there;
 5. else a new pair starts on free ports, and a notice names them.
 
 A pair lives in a runtime directory that only its user can enter. Every process that uses the pair holds a
 shared lock on the file `lease`; the kernel drops it when the process ends, however it ends. A guard process
 owns both servers and stops them once nobody has held the lease for a moment, or when one of them dies.
-`pair.json` says where they listen, and the guard's lock on that file says that it is still true.
+`pair.json` says where they listen and what their password is. The guard's lock on that file says that it is
+still true, and without that lock nobody is told the password.
+
+In our own pair each notebook's kernel has a database of its own, for as long as it holds the lock on a file such
+as `50.lock`. The file `50.sh` gives a shell the same environment, and `latest.sh` is a copy of the newest one.
 """
 
 import contextlib
@@ -19,6 +23,8 @@ import errno
 import json
 import os
 import re
+import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -29,15 +35,19 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from redis import Redis
 
 try:
     import fcntl
-except ImportError:  # Windows: _directory() says what to do
-    fcntl = None
+except ImportError:  # Windows: runtime_directory() says what to do
+    fcntl = None  # type: ignore[assignment]
 
 ROLES = ("broker", "backend")
 DEFAULT_PORTS = {"broker": 6379, "backend": 6380}
@@ -45,12 +55,19 @@ MARKS = {"broker": "course-broker.rdb", "backend": "course-backend.rdb"}  # the 
 CONTAINER_DIR = "/data"  # the server's option dir in a container of the official image
 VARIABLES = {"broker": "CELERY_BROKER_URL", "backend": "CELERY_RESULT_BACKEND"}
 MINIMUM = (6, 2)  # kombu needs it
+DATABASES = 256  # of each server of our own
+SPARE = range(200, DATABASES)  # those that belong to no chapter
 CLONE = Path(__file__).resolve().parents[1]
 
 GRACE = 2.0  # seconds without a lease before the guard stops the pair
 START_LIMIT = 10.0  # seconds for a new pair to answer
 PATIENCE = 5.0  # seconds for a server that should be there to answer, on a busy machine too
 GLANCE = 1.0  # seconds for whatever listens on a port to show that it is a server of ours
+
+SHARED = (
+    "These servers are Docker Compose's, and everybody on this machine can use them. Do other people work on it? Then"
+    " set COURSE_OWN_SERVERS=1 before you start JupyterLab: the course starts two servers that are yours alone."
+)
 
 
 class ServerError(Exception):
@@ -61,82 +78,130 @@ class ServerError(Exception):
 class Pair:
     """Where the broker and the backend are.
 
-    `broker` and `backend` are URLs. `origin` is "environment" (rule 1), "compose" (rule 3) or "clone" (ours).
-    `notice` is a line for the user, or empty.
+    `broker` and `backend` are URLs with their passwords, so `without_secrets` shows them. `origin` is "environment"
+    (rule 1), "compose" (rule 3) or "clone" (ours). `notice` is a line for the user, or empty. `script` is a file that
+    gives a shell the environment for our own pair, or empty.
     """
 
-    broker: str
-    backend: str
+    broker: str = field(repr=False)
+    backend: str = field(repr=False)
     origin: str
     notice: str = ""
+    script: str = ""
 
 
-def ensure() -> Pair:
+def ensure(notebook: str | None = None) -> Pair:
     """Find or start the broker and the backend, and keep ours up for the life of this process.
 
-    Exports `CELERY_BROKER_URL`, `CELERY_RESULT_BACKEND` and, unless the user gave these two,
-    `COURSE_RUNTIME`, so that child processes agree. A second call costs little, and starts anew a pair that
-    has died, on the same ports where they are still free. Raises ServerError.
+    Exports `CELERY_BROKER_URL`, `CELERY_RESULT_BACKEND` and, unless the user gave these two, `COURSE_RUNTIME`, so that
+    child processes agree; for our own pair also `REDISCLI_AUTH`. A second call costs little. It starts a pair that has
+    died anew, on the same ports and with the same password where the ports are still free.
+
+    Args:
+        notebook: what a notebook's kernel gives: the notebook's name without folder and suffix, or "" if it doesn't
+            know it. In our own pair the kernel then has a database to itself until it ends. Other processes give
+            None, and have database 0.
+
+    Returns:
+        The pair, with the database in its URLs.
+
+    Raises:
+        ServerError: there are no usable servers.
     """
-    return _given(PATIENCE) or _obtain(_directory(), _wanted())
+    return _pair_of_environment(PATIENCE) or _share_or_start(runtime_directory(), _ports_to_try(), notebook)
 
 
 def private(directory: str | Path) -> Pair:
     """Start a pair for this process and its children alone, on free ports, and export it as `ensure` does.
 
-    `directory` becomes the pair's runtime directory: made if missing, else it must be this user's alone.
-    Settings in the environment are ignored. Raises ServerError.
+    Settings in the environment are ignored.
+
+    Args:
+        directory: becomes the pair's runtime directory. It is made if missing, else it must be this user's alone.
+
+    Returns:
+        The pair.
+
+    Raises:
+        ServerError: it does not start.
     """
-    return _obtain(_directory(directory), None)
+    return _share_or_start(runtime_directory(directory), None, None)
 
 
 def running() -> Pair | None:
-    """Return the pair that `ensure` would use without starting one, or None. Takes no lease.
+    """Look for the pair that `ensure` would use without starting one. Takes no lease and no database.
 
     Takes a few milliseconds; up to a second for a port whose owner does not answer.
+
+    Returns:
+        The pair, or None.
     """
     try:
-        if given := _given(GLANCE):
+        if given := _pair_of_environment(GLANCE):
             return given
-        if (state := _state(_directory())) and state["guarded"]:
-            return _pair(state["ports"], "clone", state["notice"])
-        ports = _wanted()
-        return _pair(ports, "compose") if _owner(ports, CONTAINER_DIR, GLANCE) == "course" else None
-    except ServerError:
+        directory = runtime_directory()
+        if (state := _state(directory)) and state.guarded:
+            return _own_pair(state, directory)
+        ports = _ports_to_try()
+        return _compose_pair(ports) if _owner_or_compose(ports, GLANCE) == "compose" else None
+    except (ServerError, ImportError):  # before anything is installed, nothing can ask the user's own servers
         return None
 
 
 def urls() -> tuple[str, str]:
-    """Return the URLs of (broker, backend): the environment's, else the running pair's, else the defaults.
+    """Find the two servers without asking any and without starting any: this reads at most one small file.
 
-    Asks no server and starts nothing: it reads at most one small file.
+    Returns:
+        The URLs of (broker, backend): the environment's, else the running pair's, else the defaults.
     """
     broker, backend = (os.environ.get(VARIABLES[role]) for role in ROLES)
     if not (broker and backend):
-        state = _state(_directory())
-        pair = _pair(state["ports"] if state and state["guarded"] else DEFAULT_PORTS, "clone")
+        directory = runtime_directory()
+        state = _state(directory)
+        guarded = state is not None and state.guarded
+        pair = _own_pair(state, directory) if state and guarded else Pair(*_urls(DEFAULT_PORTS), origin="compose")
     return broker or pair.broker, backend or pair.backend
 
 
 def flush(*urls: str) -> None:
     """Empty the servers at these URLs (FLUSHALL): all of them, or none.
 
-    Raises ServerError, with nothing written to any, if one does not carry the course's mark, or is one that
-    the user gave by the environment.
+    Args:
+        urls: of servers of the course.
+
+    Raises:
+        ServerError: one of them does not carry the course's mark, or is one that the user gave by the environment.
+            Nothing is written to any.
     """
     given = [] if os.environ.get("COURSE_RUNTIME") else [os.environ.get(name) for name in VARIABLES.values()]
-    ours = {(mark, str(folder)) for mark in MARKS.values() for folder in (_directory(), CONTAINER_DIR)}
-    with contextlib.ExitStack() as stack:
-        try:
-            servers = {}
+    ours = {(mark, str(folder)) for mark in MARKS.values() for folder in (runtime_directory(), CONTAINER_DIR)}
+    clients = {}
+    try:
+        with contextlib.ExitStack() as stack:
             for url in urls:
-                servers[url] = stack.enter_context(_Connection(url, PATIENCE))
-                if url in given or servers[url].mark() not in ours:
+                clients[url] = stack.enter_context(_client(url, PATIENCE))
+                mark = tuple(clients[url].config_get(option)[option] for option in ("dbfilename", "dir"))
+                if url in given or mark not in ours:
                     raise ValueError("the course did not start that server")
-            for url in servers:
-                servers[url].ask(("FLUSHALL",))
-        except (OSError, ValueError) as error:
-            raise ServerError(f"{_shown(url)} is not emptied: {_reason(error)}.") from None
+            for url in urls:
+                clients[url].flushall()
+    except ValueError as error:
+        raise ServerError(f"{without_secrets(url)} is not emptied: {error}.") from None
+
+
+def without_secrets(url: str) -> str:
+    """Make a server's URL fit to be shown.
+
+    Args:
+        url: the URL, which may be malformed.
+
+    Returns:
+        The URL without user, password and options.
+    """
+    shown, _, options = url.partition("?")
+    if "@" in options:  # part of a password with a bare ? in it, or of an option: there is no telling which
+        return f"{shown.partition('//')[0]}//..."
+    return re.sub(r"^(\w+://)?.*@", r"\1", shown)
 
 
 def find_server() -> tuple[str, str]:
@@ -183,35 +248,18 @@ def _version(label: str, text: str) -> str:
 # --- what the environment says ---------------------------------------------------------------------------
 
 
-def _given(seconds: float) -> Pair | None:
-    """The user's own two servers, checked; None if there are none. URLs beside COURSE_RUNTIME are our pair's."""
-    given = {role: os.environ.get(VARIABLES[role], "") for role in ROLES}
-    if os.environ.get("COURSE_RUNTIME") or not any(given.values()):
-        return None
-    for role, url in given.items():
-        try:
-            if not url:
-                raise ValueError("it is not set, and the other one is")
-            with _Connection(url, seconds) as server:
-                _version("redis_version:", "\n".join(server.ask(("INFO", "server"))))
-        except (OSError, ValueError) as error:
-            remedy = "Correct that, or unset both variables: the course then starts its own servers."
-            raise ServerError(f"{VARIABLES[role]} ({_shown(url)}): {_reason(error)}. {remedy}") from None
-    return Pair(**given, origin="environment")
+def runtime_directory(given: str | Path | None = None) -> Path:
+    """Say where the pair of this user and this clone lives.
 
+    Args:
+        given: another directory instead.
 
-def _wanted() -> dict[str, int]:
-    """The ports to try first: those of the pair that this process or a parent had, else the defaults."""
-    try:
-        if os.environ.get("COURSE_RUNTIME"):
-            return {role: urlsplit(os.environ[VARIABLES[role]]).port or 6379 for role in ROLES}
-    except (KeyError, ValueError):
-        pass
-    return DEFAULT_PORTS
+    Returns:
+        The one given, that of a parent process, or this user's for this clone. It need not exist.
 
-
-def _directory(given: str | Path | None = None) -> Path:
-    """The runtime directory: the one given, a parent process's, or that of this user and this clone."""
+    Raises:
+        ServerError: this is Windows.
+    """
     if fcntl is None:
         raise ServerError("The course does not run on Windows itself: work in WSL 2 (`wsl --install`).")
     if given := given or os.environ.get("COURSE_RUNTIME"):
@@ -222,9 +270,43 @@ def _directory(given: str | Path | None = None) -> Path:
     return Path(base).resolve() / f"course-tasks-{os.getuid()}-{zlib.crc32(os.fsencode(CLONE)):08x}"
 
 
-def _shown(url: str) -> str:
-    """A URL as it may be printed: without user, password and options."""
-    return re.sub("//.*@", "//***@", url).partition("?")[0]
+def ports_of_other_clones() -> set[int]:
+    """The ports on which pairs of this user's other clones listen."""
+    here = runtime_directory()
+    others = [folder for folder in here.parent.glob(f"course-tasks-{os.getuid()}-*") if folder != here]
+    return {port for state in map(_state, others) if state and state.guarded for port in state.ports.values()}
+
+
+def given_urls() -> dict[str, str]:
+    """The URLs that the user gave in the environment, by role, or {}. Beside COURSE_RUNTIME they are our pair's."""
+    given = {role: os.environ.get(VARIABLES[role], "") for role in ROLES}
+    return given if any(given.values()) and not os.environ.get("COURSE_RUNTIME") else {}
+
+
+def _pair_of_environment(seconds: float) -> Pair | None:
+    """The user's own two servers, checked; None if there are none."""
+    if not (given := given_urls()):
+        return None
+    for role, url in given.items():
+        try:
+            if not url:
+                raise ValueError("it is not set, and the other one is")
+            with _client(url, seconds) as server:
+                _version("", str(server.info("server")["redis_version"]))
+        except ValueError as error:
+            remedy = "Correct that, or unset both variables: the course then starts its own servers."
+            raise ServerError(f"{VARIABLES[role]} ({without_secrets(url)}): {error}. {remedy}") from None
+    return Pair(**given, origin="environment")
+
+
+def _ports_to_try() -> dict[str, int]:
+    """The ports to try first: those of the pair that this process or a parent had, else the defaults."""
+    try:
+        if os.environ.get("COURSE_RUNTIME"):
+            return {role: urlsplit(os.environ[VARIABLES[role]]).port or 6379 for role in ROLES}
+    except (KeyError, ValueError):
+        pass
+    return DEFAULT_PORTS
 
 
 def _reason(error: Exception) -> str:
@@ -234,90 +316,65 @@ def _reason(error: Exception) -> str:
 # --- asking a server -------------------------------------------------------------------------------------
 
 
-class _Connection(contextlib.AbstractContextManager):
-    """A connection to a Redis server; all that is asked on it takes at most `seconds`.
+@contextlib.contextmanager
+def _client(url: str, seconds: float) -> "Iterator[Redis]":
+    """A client of any server that a URL names. Whatever goes wrong is a ValueError with no password in its text."""
+    from redis import Redis  # not in the module: the guard and the doctor do without
+    from redis.exceptions import RedisError
 
-    Raises OSError or ValueError, whatever it is that listens there.
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018
+    except ValueError:  # its text may hold a piece of the password
+        raise ValueError("that is no URL (in a password write / as %2F, ? as %3F, # as %23)") from None
+    if parts.scheme not in ("redis", "rediss"):
+        raise ValueError("the course needs Redis or Valkey, at a URL that begins with redis:// or rediss://")
+    if not re.fullmatch(r"/?\d*/?", parts.path):  # redis-py would use database 0, and Celery fail
+        raise ValueError("what follows the port must be a slash and the number of a database")
+    url = re.sub(r"(?<=ssl_cert_reqs=)(?:CERT_)?(\w+)", lambda found: found[1].lower(), url)  # as Celery writes it
+    limits = {"socket_timeout": seconds, "socket_connect_timeout": seconds}
+    try:
+        with Redis.from_url(url, retry=None, protocol=2, decode_responses=True, **limits) as server:
+            yield server
+    except (RedisError, TypeError) as error:  # a TypeError: an option that redis-py doesn't know
+        raise ValueError(re.sub(r"^Error \S+ connecting to \S+ |\.$", "", str(error))) from None
+
+
+def _mark(host: str, port: int, seconds: float, password: str) -> tuple[str, ...]:
+    """Ask a server for (dbfilename, dir): ours are known by these two options. Reading them writes nothing.
+
+    It all takes at most `seconds`, whatever listens there. Raises OSError or ValueError.
     """
-
-    def __init__(self, url: str, seconds: float):
-        try:
-            parts = urlsplit(url)
-            address = (parts.hostname or "localhost", parts.port or 6379)
-        except ValueError:  # whose text may hold a piece of the password
-            raise ValueError("that is no URL (in a password write / as %2F, ? as %3F, # as %23)") from None
-        if parts.scheme not in ("redis", "rediss"):
-            raise ValueError("the course needs Redis or Valkey, at a URL that begins with redis:// or rediss://")
-        self._deadline = time.monotonic() + seconds
-        self._socket = socket.create_connection(address, seconds)
-        try:
-            if parts.scheme == "rediss":
-                self._socket = _encrypted(self._socket, parts)
-            if parts.password:
-                self.ask(("AUTH", *filter(None, map(unquote, (parts.username or "", parts.password)))))
-            if database := parts.path.strip("/"):
-                self.ask(("SELECT", database))
-        except BaseException:
-            self._socket.close()
-            raise
-
-    def __exit__(self, *_):
-        self._socket.close()
-
-    def ask(self, *commands: tuple[str, ...]) -> list[str]:
-        """Send commands, and a PING whose answer ends theirs; return the lines of the answers (RESP2)."""
-        request = b""
-        for command in (*commands, ("PING",)):
-            words = [word.encode() for word in command]
-            request += b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words)
-        self._socket.sendall(request)
-        answer = b""
+    request, answer, deadline = b"", b"", time.monotonic() + seconds
+    commands = ["AUTH", password], ["CONFIG", "GET", "dbfilename"], ["CONFIG", "GET", "dir"], ["PING"]
+    for command in commands if password else commands[1:]:
+        words = [word.encode() for word in command]
+        request += b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words)
+    with socket.create_connection((host, port), seconds) as connection:
+        connection.sendall(request)
         while not answer.endswith(b"+PONG\r\n"):
-            if (left := self._deadline - time.monotonic()) <= 0:  # it may go on for ever, byte by byte
+            if (left := deadline - time.monotonic()) <= 0:  # it may go on for ever, byte by byte
                 raise TimeoutError("timed out")
-            self._socket.settimeout(left)
-            chunk = self._socket.recv(65536)
+            connection.settimeout(left)
+            chunk = connection.recv(65536)
             answer += chunk
-            if error := re.search(rb"^-(.*)\r\n", answer, re.MULTILINE):
-                raise ValueError(f"it answers {error[1].decode(errors='replace')!r}")
-            if not chunk or answer[:1] not in b"+-*$" or len(answer) > 2**20:
-                raise ValueError("it does not answer as Redis does")
-        return answer.decode(errors="replace").split("\r\n")
-
-    def mark(self) -> tuple[str, ...]:
-        """(dbfilename, dir): servers of ours are known by these two options. Reading them writes nothing."""
-        lines = self.ask(("CONFIG", "GET", "dbfilename"), ("CONFIG", "GET", "dir"))
-        return tuple(lines[4:10:5])  # *2, $10, dbfilename, $.., VALUE, *2, $3, dir, $.., VALUE, +PONG
+            if not chunk or answer[:1] not in b"+*" or b"\r\n-" in answer or len(answer) > 2**20:
+                raise ValueError("it does not answer as a server of the course does")
+    return tuple(answer.decode(errors="replace").split("\r\n")[-8::5])  # VALUE, *2, $3, dir, $.., VALUE, +PONG, end
 
 
-def _encrypted(plain: socket.socket, parts: SplitResult) -> socket.socket:
-    """Turn a connection into TLS, by the options that redis-py reads from a rediss:// URL."""
-    import ssl  # here, for no pair of ours needs it
-
-    options = {name: values[-1] for name, values in parse_qs(parts.query).items()}
-    context = ssl.create_default_context(cafile=options.get("ssl_ca_certs"))
-    if options.get("ssl_cert_reqs", "").lower() in ("none", "cert_none"):
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context.wrap_socket(plain, server_hostname=parts.hostname)
-
-
-def _owner(ports: dict[str, int], folder: str | Path, seconds: float, *command: str) -> str:
+def _owner(ports: dict[str, int], folder: str | Path, seconds: float, password: str = "") -> str:
     """Who listens on these ports of the loopback, IPv4 and IPv6: "nobody", "course" or "other".
 
-    The course does if each role's port has a server with its mark and that folder, and nothing else. Such a
-    server, and none but such, is sent the command.
+    The course does if each role's port has a server with its mark, that folder and this password, and nothing else.
     """
     found = set()
     for role, port in ports.items():
-        for host in ("127.0.0.1", "[::1]"):
+        for host in ("127.0.0.1", "::1"):
             try:
-                with _Connection(f"redis://{host}:{port}", seconds) as server:
-                    if server.mark() != (MARKS[role], str(folder)):
-                        return "other"
-                    found.add(role)
-                    if command:
-                        server.ask(command)
+                if _mark(host, port, seconds, password) != (MARKS[role], str(folder)):
+                    return "other"
+                found.add(role)
             except (OSError, ValueError) as error:
                 absent = (errno.ECONNREFUSED, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # the last two: no IPv6
                 if getattr(error, "errno", None) not in absent:
@@ -325,31 +382,61 @@ def _owner(ports: dict[str, int], folder: str | Path, seconds: float, *command: 
     return {0: "nobody", len(ports): "course"}.get(len(found), "other")
 
 
+def _owner_or_compose(ports: dict[str, int], seconds: float) -> str:
+    """Who listens on these ports: "nobody", "other", or "compose" where its servers may be used."""
+    owner = _owner(ports, CONTAINER_DIR, seconds)
+    return {"course": "other" if os.environ.get("COURSE_OWN_SERVERS") else "compose"}.get(owner, owner)
+
+
 # --- the runtime directory -------------------------------------------------------------------------------
 
 _leases: dict[Path, int] = {}  # runtime directory: a file descriptor, open until the process ends
+_databases: dict[Path, tuple[int, int]] = {}  # runtime directory: a database, and a descriptor as above
 
 
-def _ours(directory: Path) -> bool:
+@dataclass
+class _State:
+    """What pair.json says: where the servers listen, their password, and the process ids of guard and servers."""
+
+    ports: dict[str, int]
+    notice: str
+    password: str = ""
+    guard: int = 0
+    servers: dict[str, int] = field(default_factory=dict)
+    guarded: bool = False  # whether the guard lives, and so all of this is still true
+
+
+def _is_ours_alone(directory: Path) -> bool:
     status = directory.lstat()
     return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
 
 
-def _state(directory: Path) -> dict | None:
-    """What pair.json says (ports, notice, the guard's process id), and whether its guard lives to lock it."""
+def _state(directory: Path) -> _State | None:
+    """What pair.json says, and whether its guard lives to lock it. None if it isn't there, or spoilt."""
     try:
-        if _ours(directory):  # and not another user's word about where our broker is
+        if _is_ours_alone(directory):  # and not another user's word about where our broker is
             with (directory / "pair.json").open() as file:
-                told, guarded = json.load(file), not _locked(file.fileno(), fcntl.LOCK_SH)
-            ports = {role: int(told["ports"][role]) for role in ROLES}
-            return {"ports": ports, "notice": told["notice"], "guard": int(told["guard"]), "guarded": guarded}
+                state = _State(**json.load(file))
+                state.guarded = not _locked(file.fileno(), fcntl.LOCK_SH)
+            state.ports = {role: int(state.ports[role]) for role in ROLES}
+            return state
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return None
 
 
-def _pair(ports: dict[str, int], origin: str, notice: str = "") -> Pair:
-    return Pair(*(f"redis://localhost:{ports[role]}/0" for role in ROLES), origin, notice)
+def _urls(ports: dict[str, int], password: str = "", database: int = 0) -> list[str]:
+    access = f":{password}@" if password else ""
+    return [f"redis://{access}localhost:{ports[role]}/{database}" for role in ROLES]
+
+
+def _compose_pair(ports: dict[str, int]) -> Pair:
+    return Pair(*_urls(ports), origin="compose", notice=SHARED)
+
+
+def _own_pair(state: _State, directory: Path, database: int = 0) -> Pair:
+    urls, script = _urls(state.ports, state.password, database), directory / f"{database}.sh"
+    return Pair(*urls, origin="clone", notice=state.notice, script=str(script))
 
 
 def _locked(descriptor: int, kind: int) -> bool:
@@ -373,112 +460,167 @@ def _lock(path: Path, kind: int, seconds: float) -> int:
     return descriptor
 
 
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one at this path."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    return False
+
+
 def _hold(directory: Path) -> None:
     """Take the lease for this process, and for the program that it may become by exec."""
     lease = directory / "lease"
-    with contextlib.suppress(KeyError, OSError):
-        if os.path.samestat(os.fstat(_leases[directory]), lease.stat()):
-            return
-    _leases[directory] = _lock(lease, fcntl.LOCK_SH, PATIENCE)
-    os.set_inheritable(_leases[directory], True)
+    if directory not in _leases or not _is_at(_leases[directory], lease):
+        _leases[directory] = _lock(lease, fcntl.LOCK_SH, PATIENCE)
+        os.set_inheritable(_leases[directory], True)
 
 
-def _healthy(directory: Path) -> Pair | None:
-    """The pair of this directory, if it has a guard and both its servers answer."""
+def _take_database(directory: Path, notebook: str) -> int:
+    """Take a database for this process until it ends: the one that it has, the notebook's own, or a spare one."""
+    if directory in _databases and _is_at(_databases[directory][1], directory / f"{_databases[directory][0]}.lock"):
+        return _databases[directory][0]
+    for number in (_preferred_database(notebook), *SPARE):
+        descriptor = os.open(directory / f"{number}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        if _locked(descriptor, fcntl.LOCK_EX):
+            _databases[directory] = number, descriptor
+            return number
+        os.close(descriptor)
+    raise ServerError("All databases are in use. Shut down kernels that you no longer need, and run this cell again.")
+
+
+def _preferred_database(notebook: str) -> int:
+    """00_welcome: 0, 05_pools: 50, 05b_pool_limits: 51, without a name: 0, any other: one of SPARE."""
+    if chapter := re.match(r"([01]\d)([b-j]?)(?![^\W_])", notebook):
+        return 10 * int(chapter[1]) + (ord(chapter[2]) - ord("a") if chapter[2] else 0)
+    return SPARE[zlib.crc32(notebook.encode()) % len(SPARE)] if notebook else 0
+
+
+def _healthy(directory: Path) -> _State | None:
+    """The state of this directory's pair, if it has a guard and both its servers answer."""
     state = _state(directory)
-    if state and state["guarded"] and _owner(state["ports"], directory, PATIENCE) == "course":
-        return _pair(state["ports"], "clone", state["notice"])
+    if state and state.guarded and state.password:  # without a password it is a pair of an earlier version
+        return state if _owner(state.ports, directory, PATIENCE, state.password) == "course" else None
     return None
 
 
-def _obtain(directory: Path, wanted: dict[str, int] | None) -> Pair:
+def _share_or_start(directory: Path, wanted: dict[str, int] | None, notebook: str | None) -> Pair:
     """Share or start the pair of a runtime directory, and export it. `wanted`: the ports to try first."""
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not _ours(directory):
+        if not _is_ours_alone(directory):
             raise PermissionError(errno.EPERM, "it is not this user's alone")
         _hold(directory)
-        pair = _healthy(directory)
-        if not pair:
+        state = _healthy(directory)
+        if not state:
             start = _lock(directory / "start.lock", fcntl.LOCK_EX, 3 * START_LIMIT)
             try:
-                pair = _healthy(directory) or _fresh(directory, wanted, start)
+                state = _healthy(directory) or _start_new(directory, wanted, start)
             finally:
                 os.close(start)
+        database = 0 if notebook is None or not state else _take_database(directory, notebook)
+        pair = _own_pair(state, directory, database) if state else _compose_pair(wanted or DEFAULT_PORTS)
+        variables = {VARIABLES[role]: getattr(pair, role) for role in ROLES} | {"COURSE_RUNTIME": str(directory)}
+        if state:
+            variables["REDISCLI_AUTH"] = state.password
+            _write_script(Path(pair.script), variables, database, notebook)
     except OSError as error:
         remedy = "Remove it, or set XDG_RUNTIME_DIR to a directory of your own."
         raise ServerError(f"Cannot use the runtime directory {directory}: {_reason(error)}. {remedy}") from None
-    os.environ.update({VARIABLES[role]: getattr(pair, role) for role in ROLES}, COURSE_RUNTIME=str(directory))
+    os.environ.update(variables)
     return pair
+
+
+def _write_script(path: Path, variables: dict[str, str], database: int, notebook: str | None) -> None:
+    """Write what a shell sources to work with the same servers and database; for a known notebook also latest.sh."""
+    said = f"This terminal uses database {database}" + (f", like the notebook {notebook}." if notebook else ".")
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    lines += [f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"', f"echo {shlex.quote(said)}", ""]
+    for target in (path, path.with_name("latest.sh")) if notebook else (path,):
+        new = path.with_name(f"{target.name}.{os.getpid()}")
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write("\n".join(lines))
+        new.rename(target)
 
 
 # --- starting and stopping; all of it under the start lock -----------------------------------------------
 
 
-def _fresh(directory: Path, wanted: dict[str, int] | None, start: int) -> Pair:
-    """Find compose's pair, or start one: on the wanted ports if they are free, else on others."""
-    _clear(directory)
-    owner = _owner(wanted, CONTAINER_DIR, GLANCE) if wanted else ""
-    if owner == "course":
-        return _pair(wanted, "compose")
+def _start_new(directory: Path, wanted: dict[str, int] | None, start: int) -> _State | None:
+    """Start a pair on the wanted ports if they are free, else on others. None: compose's pair is there."""
+    last = _end_what_is_left(directory)
+    owner = _owner_or_compose(wanted, GLANCE) if wanted else ""
+    if owner == "compose":
+        return None
     binary, _ = find_server()
     for attempt in range(4):  # a port that was free may be taken a moment later
-        if attempt == 0 and owner == "nobody":
+        # Clients of the last pair try to connect again, and tell its password to whoever listens on its ports. So only
+        # a pair on these very ports may have the same.
+        password = secrets.token_hex(16)
+        if wanted and attempt == 0 and owner == "nobody":
             ports, notice = wanted, ""
+            password = last.password if last and last.password and last.ports == wanted else password
         else:
             with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
                 ports = {"broker": one.getsockname()[1], "backend": two.getsockname()[1]}
             notice = "Ports {} and {} are not both free: the broker is on port {} and the backend on port {}."
             notice = notice.format(*wanted.values(), *ports.values()) if wanted else ""
-        problem = _start(directory, {"ports": ports, "notice": notice}, binary, start)
-        if not problem:
-            return _pair(ports, "clone", notice)
+        state = _State(ports, notice, password)
+        if not (problem := _start(directory, state, binary, start)):
+            return state
     raise ServerError(f"{binary} does not start ({problem}). Its logs are in {directory}.")
 
 
-def _clear(directory: Path) -> None:
-    """Take away what is left of a pair that does not answer: a guard, servers that lost theirs, pair.json."""
+def _end_what_is_left(directory: Path) -> _State | None:
+    """End what is left of a pair that does not answer, a guard or servers that lost theirs. Returns its last state."""
     if state := _state(directory):
-        if state["guarded"]:  # so the process id is still the guard's
+        if state.guarded:  # so the process id is still the guard's
             with contextlib.suppress(ProcessLookupError):
-                os.kill(state["guard"], signal.SIGTERM)
+                os.kill(state.guard, signal.SIGTERM)
             os.close(_lock(directory / "pair.json", fcntl.LOCK_SH, PATIENCE))
-        stop = ("SHUTDOWN", "NOSAVE")
-        for role, port in state["ports"].items():
-            deadline = time.monotonic() + 1
-            while _owner({role: port}, directory, GLANCE, *stop) != "nobody" and time.monotonic() < deadline:
-                time.sleep(0.05)
-    (directory / "pair.json").unlink(missing_ok=True)
+        for role, server in state.servers.items():
+            log = os.open(directory / f"{role}.log", os.O_RDWR | os.O_CREAT, 0o600)
+            if not _locked(log, fcntl.LOCK_SH):  # as long as a server lives: so this is still its process id
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(server, signal.SIGKILL)
+                os.close(_lock(directory / f"{role}.log", fcntl.LOCK_SH, PATIENCE))
+            os.close(log)
+    for name in ("pair.json", "latest.sh"):
+        (directory / name).unlink(missing_ok=True)
+    return state
 
 
-def _start(directory: Path, state: dict, binary: str, start: int) -> str:
+def _start(directory: Path, state: _State, binary: str, start: int) -> str:
     """Start a guard, and by it the servers; return what went wrong, or nothing."""
     # The guard shares the start lock until its pair is ready, so a starter that is killed halfway harms nobody.
-    command = [sys.executable, "-I", "-S", __file__, binary, json.dumps(state), str(start)]
+    command = [sys.executable, "-I", "-S", __file__, binary, str(start)]
+    text = json.dumps(vars(state)).encode()  # not on the command line, which everybody on the machine can read
     with (directory / "guard.log").open("w") as log, contextlib.suppress(subprocess.TimeoutExpired):
-        options = {"cwd": directory, "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": log}
+        options = {"cwd": directory, "input": text, "stdout": subprocess.PIPE, "stderr": log}
         options |= {"pass_fds": [start], "start_new_session": True, "timeout": 2 * START_LIMIT}
         said = subprocess.run(command, **options).stdout.decode().strip()
         return "" if said == "ready" else said or "its guard ended at once"
     return "its guard does not answer"
 
 
-def _guard(binary: str, text: str, start: str) -> None:
+def _guard(binary: str, start: str) -> None:
     """Run both servers in the current directory until nobody needs them; say "ready", or what is wrong."""
+    state = _State(**json.load(sys.stdin))
     if os.fork():  # init adopts the other one, so that the starter need not wait for it
         os._exit(0)
-    state = {**json.loads(text), "guard": os.getpid()}
-    servers = {}
+    os.umask(0o077)
+    state.guard = os.getpid()
+    servers: dict[str, subprocess.Popen] = {}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     with Path("lease").open() as lease, Path("pair.json.new").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
             for role in ROLES:
-                servers[role] = _server(role, binary, state["ports"][role])
-            if problem := _wait(servers, state["ports"]):
+                servers[role] = _server(role, binary, state)
+                state.servers[role] = servers[role].pid
+            if problem := _wait(servers, state):
                 print(problem)
                 return
-            json.dump(state, file)
+            json.dump(vars(state), file)
             file.flush()
             Path(file.name).rename("pair.json")
             print("ready", flush=True)
@@ -498,13 +640,12 @@ def _guard(binary: str, text: str, start: str) -> None:
             for server in servers.values():  # they keep nothing on disk, so there is nothing to save
                 server.kill()
                 server.wait()
-            Path("pair.json").unlink(missing_ok=True)
 
 
-def _server(role: str, binary: str, port: int) -> subprocess.Popen:
+def _server(role: str, binary: str, state: _State) -> subprocess.Popen:
     """Start a server in the current directory, which becomes part of its mark."""
     guard, die_with_guard = os.getpid(), None
-    with contextlib.suppress(ImportError, AttributeError):  # no ctypes, or not Linux: see _clear()
+    with contextlib.suppress(ImportError, AttributeError):  # no ctypes, or not Linux: see _end_what_is_left()
         import ctypes
 
         prctl = ctypes.CDLL(None).prctl
@@ -514,21 +655,35 @@ def _server(role: str, binary: str, port: int) -> subprocess.Popen:
             if os.getppid() != guard:
                 os._exit(1)
 
-    Path(MARKS[role]).unlink(missing_ok=True)  # a pair starts empty, whatever a learner has saved
-    options = f"--port {port} --bind 127.0.0.1 -::1 --dbfilename {MARKS[role]} --appendonly no"
-    command = [binary, *options.split(), "--save", "", "--maxmemory-policy", "noeviction"]
+    for name in (MARKS[role], f"{role}.log"):  # a pair starts empty, whatever a learner has saved
+        Path(name).unlink(missing_ok=True)
+    options = {
+        "port": state.ports[role],
+        "bind": "127.0.0.1 -::1",
+        "requirepass": state.password,
+        "databases": DATABASES,
+        "dbfilename": MARKS[role],
+        "appendonly": "no",
+        "save": '""',
+        "maxmemory-policy": "noeviction",
+    }
+    pipe = subprocess.PIPE
     with Path(f"{role}.log").open("w") as log:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=die_with_guard)
+        fcntl.flock(log, fcntl.LOCK_EX)  # the server inherits the lock, and has it as long as it lives
+        server = subprocess.Popen([binary, "-"], stdin=pipe, stdout=log, stderr=log, preexec_fn=die_with_guard)
+    with contextlib.suppress(BrokenPipeError), server.stdin as configuration:  # by pipe: ps shows command lines to all
+        configuration.write("".join(f"{name} {value}\n" for name, value in options.items()).encode())
+    return server
 
 
-def _wait(servers: dict[str, subprocess.Popen], ports: dict[str, int]) -> str:
+def _wait(servers: dict[str, subprocess.Popen], state: _State) -> str:
     """Wait until both servers answer; return what went wrong, or nothing."""
     deadline = time.monotonic() + START_LIMIT
-    while _owner(ports, Path.cwd(), GLANCE) != "course":
+    while _owner(state.ports, Path.cwd(), GLANCE, state.password) != "course":
         for role, server in servers.items():
             if server.poll() is not None:
                 last = Path(f"{role}.log").read_text(errors="replace").strip().rpartition("\n")[2]
-                return f"{role}, port {ports[role]}: {last or f'it ends with {server.returncode}'}"
+                return f"{role}, port {state.ports[role]}: {last or f'it ends with {server.returncode}'}"
         if time.monotonic() > deadline:
             return f"no answer in {START_LIMIT:.0f} s"
         time.sleep(0.005)
@@ -536,6 +691,6 @@ def _wait(servers: dict[str, subprocess.Popen], ports: dict[str, int]) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4:
+    if len(sys.argv) != 3:
         sys.exit("Use: python3 -m course_tasks servers")
     _guard(*sys.argv[1:])

@@ -4,8 +4,8 @@ import contextlib
 import random
 import socket
 
-from course_tasks import servers
 from course_tasks.classroom.errors import ClassroomError
+from course_tasks.classroom.pair import show_servers
 from course_tasks.classroom.terminal import TerminalMagics
 from course_tasks.exercises import check
 
@@ -30,15 +30,4 @@ def free_port() -> int:
 def load_ipython_extension(ipython) -> None:
     """Register the course's magics with a running IPython (IPython calls this)."""
     ipython.register_magics(TerminalMagics)
-    ipython.register_magic_function(_servers, "line", "servers")
-
-
-def _servers(line: str) -> None:
-    """Find the broker and the backend, or start them, and print where they are."""
-    try:
-        pair = servers.ensure()
-    except servers.ServerError as error:
-        raise ClassroomError(str(error)) from None
-    print(f"broker:  {pair.broker}\nbackend: {pair.backend}")
-    if pair.notice:
-        print(pair.notice)
+    ipython.register_magic_function(show_servers, "line", "servers")

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 from IPython import get_ipython
 from IPython.display import display
-from kombu.utils.url import maybe_sanitize_url
 from redis import Redis
 from redis.exceptions import AuthenticationError, ConnectionError, RedisError, TimeoutError
 
 from course_tasks.classroom.drawing import pane
 from course_tasks.classroom.errors import ClassroomError
+from course_tasks.servers import without_secrets
 
 INTERVAL = 0.25  # seconds between two looks at the broker
 TIMEOUT = 1.0  # seconds until a broker that is silent counts as away
@@ -65,7 +65,7 @@ class BrokerView:
             raise ClassroomError("BrokerView finds no CELERY_BROKER_URL: run %servers first, or give it a url=.")
         self.queues = tuple(dict.fromkeys(queues))
         try:
-            self.place = maybe_sanitize_url(url)
+            self.place = without_secrets(url)
             self._server = Redis.from_url(
                 url,
                 client_name="broker-view",

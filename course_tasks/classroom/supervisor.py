@@ -2,7 +2,8 @@
 
 A program of its own, standard library only: `python supervisor.py COMMAND GROUP`. Its standard input is a pipe
 that the kernel holds: `t` sends SIGTERM (Celery's warm stop), `k` SIGKILL, and the end of the file means that
-the kernel is gone, by whatever death, so the command goes too. Its standard output is what the command writes
+the kernel is gone, by whatever death, so the command goes too. SIGUSR1 does what `t` does: another kernel of the same
+course may send it. Its standard output is what the command writes
 to its terminal; its exit code is the command's, or 128 plus the signal that ended it.
 """
 
@@ -38,7 +39,8 @@ def main(command: str, group: bool) -> int:
     wake, waker = os.pipe()
     os.set_blocking(waker, False)
     signal.set_wakeup_fd(waker)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
+    for noticed in (signal.SIGCHLD, signal.SIGUSR1):  # the number of the signal comes out of `wake`
+        signal.signal(noticed, lambda *_: None)
     for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(ignored, signal.SIG_IGN)
     started, starter = os.pipe()  # not inherited: its end tells that the child has become the command
@@ -57,22 +59,22 @@ def main(command: str, group: bool) -> int:
         ready = select.select(readers, [], [], timeout)[0]
         if terminal in ready and not _copy(terminal):
             readers.remove(terminal)
-        if 0 in ready:
-            for order in os.read(0, 64) or b"x":
-                with contextlib.suppress(ProcessLookupError):
-                    if order == ord("k"):
-                        os.killpg(pid, signal.SIGKILL)
-                    elif group:
-                        os.killpg(pid, signal.SIGTERM)
-                    else:
-                        os.kill(pid, signal.SIGTERM)
-                if order == ord("x"):
-                    readers.remove(0)
-                    deadline = time.monotonic() + GRACE
+        orders = (os.read(0, 64) or b"x") if 0 in ready else b""
+        if wake in ready and signal.SIGUSR1 in os.read(wake, 64):
+            orders += b"t"
+        for order in orders:
+            with contextlib.suppress(ProcessLookupError):
+                if order == ord("k"):
+                    os.killpg(pid, signal.SIGKILL)
+                elif group:
+                    os.killpg(pid, signal.SIGTERM)
+                else:
+                    os.kill(pid, signal.SIGTERM)
+            if order == ord("x"):
+                readers.remove(0)
+                deadline = time.monotonic() + GRACE
         if deadline is not None and time.monotonic() >= deadline:
             os.killpg(pid, signal.SIGKILL)
-        if wake in ready:
-            os.read(wake, 64)
         status = _reap(pid)
     _sweep(pid)
     while terminal in readers and select.select([terminal], [], [], 0)[0] and _copy(terminal):

@@ -12,14 +12,17 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
 from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
 from IPython.display import display
 
 from course_tasks.classroom.drawing import pane
 from course_tasks.classroom.errors import ClassroomError
+from course_tasks.servers import runtime_directory
 
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 # What a program says when it can be used: a worker, a Redis or Valkey server, celery beat, an ASGI server.
@@ -56,6 +59,8 @@ class Terminal:
         # ipykernel asks programs for colours even in a pipe; in a terminal they see for themselves
         environment = {name: value for name, value in os.environ.items() if name not in FORCED}
         environment["TERM"] = "xterm-256color"
+        environment["COURSE_TERMINAL"] = name  # these two tell other kernels of this clone whose it is
+        environment["COURSE_TERMINAL_HOME"] = str(runtime_directory())
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
         self.process = subprocess.Popen(
             [sys.executable, "-I", SUPERVISOR, script, "group" if group else "single"],
@@ -205,6 +210,29 @@ def _last(terminal: Terminal, lines: int = 12) -> str:
     return "\nIts last lines:\n" + "\n".join(log) if log else "\nIt wrote nothing."
 
 
+def whose(process: psutil.Process) -> str:
+    """The terminal cell in which a process runs, if it belongs to this copy of the course.
+
+    Returns:
+        The terminal's name and the notebook's, as in "worker of 05_pools"; "" for any other process.
+
+    Raises:
+        psutil.Error: the process has ended, or is another user's.
+    """
+    environment = process.environ()
+    if environment.get("COURSE_TERMINAL_HOME") != str(runtime_directory()):
+        return ""
+    return f"{environment.get('COURSE_TERMINAL')} of {environment.get('COURSE_NOTEBOOK') or 'another notebook'}"
+
+
+def supervisors() -> Iterator[tuple[psutil.Process, str]]:
+    """The supervisors of all terminals of this copy of the course that run, in whatever kernel, and whose they are."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # it has ended in the meantime, or is another user's
+            if str(SUPERVISOR) in process.cmdline() and (name := whose(process)):
+                yield process, name
+
+
 @magics_class
 class TerminalMagics(Magics):
     """`%%terminal`, `%tail`, `%stop` and `%kill`. One set for a kernel; its terminals end with it."""
@@ -292,12 +320,18 @@ class TerminalMagics(Magics):
             raise ClassroomError(f"{options.name} has not said within {options.timeout:g} s that this task is over.")
 
     @magic_arguments()
-    @argument("names", nargs="*", help="which terminals; all that run if none is named")
+    @argument("names", nargs="*", help="which terminals; all that run in this notebook if none is named")
+    @argument("--everywhere", action="store_true", help="all that run in any notebook of this copy of the course")
     @argument("--timeout", type=float, default=30, help="seconds to wait for their ends (default: 30)")
     @line_magic
     def stop(self, line: str) -> None:
         """Stop terminals, all together: SIGTERM, on which a worker finishes its running tasks first."""
         options = parse_argstring(self.stop, line)
+        if options.everywhere and options.names:
+            raise ClassroomError("%stop --everywhere takes no names: it stops the terminals of all notebooks.")
+        if options.everywhere:
+            self._stop_everywhere(options.timeout)
+            return
         running = [name for name, terminal in self.terminals.items() if terminal.running]
         self._end_and_say(options.names or running, b"t", options.timeout)
 
@@ -307,6 +341,25 @@ class TerminalMagics(Magics):
     def kill(self, line: str) -> None:
         """Kill terminals with SIGKILL, as if the plug had been pulled."""
         self._end_and_say(parse_argstring(self.kill, line).names, b"k", 10)
+
+    def _stop_everywhere(self, timeout: float) -> None:
+        own = [terminal for terminal in self.terminals.values() if terminal.running]
+        pids = {terminal.process.pid for terminal in own}
+        others = {process: whose for process, whose in supervisors() if process.pid not in pids}
+        for process in others:
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(signal.SIGUSR1)
+        deadline = time.monotonic() + timeout
+        self._end(own, b"t", timeout)
+        _, busy = psutil.wait_procs(others, max(0.0, deadline - time.monotonic()))
+        said = [f"{terminal.name} of this notebook: {terminal.state}" for terminal in own]
+        said += [f"{whose}: {'still busy' if process in busy else 'stopped'}" for process, whose in others.items()]
+        print("\n".join(said) or "Nothing is running.")
+        if busy:
+            raise ClassroomError(
+                f"Some are still busy after {timeout:g} s, because a warm stop waits for running tasks. "
+                "Wait and run this again, or use %kill in their notebooks."
+            )
 
     def _end_and_say(self, names: list[str], letter: bytes, timeout: float) -> None:
         terminals = self._named(names)

@@ -2,5 +2,7 @@
 course_settings=$ZDOTDIR
 ZDOTDIR=$USER_ZDOTDIR
 if [ -f "$ZDOTDIR/.zshrc" ]; then . "$ZDOTDIR/.zshrc"; fi
+# the servers and the database of the notebook whose first cell ran last
+if [ -n "$COURSE_RUNTIME" ] && [ -r "$COURSE_RUNTIME/latest.sh" ]; then . "$COURSE_RUNTIME/latest.sh"; fi
 . "$course_settings/../../../.venv/bin/activate"
 unset course_settings USER_ZDOTDIR

@@ -1,0 +1,74 @@
+"""`%servers`: this notebook's broker and backend, and who else works there."""
+
+import contextlib
+import os
+import shlex
+from pathlib import Path
+
+import psutil
+from IPython import get_ipython
+
+from course_tasks import servers
+from course_tasks.classroom.errors import ClassroomError
+from course_tasks.classroom.terminal import whose
+
+PATIENCE = 1.0  # seconds in which workers have to answer
+
+
+def show_servers(line: str = "") -> None:
+    """Find the broker and the backend, or start them, and print where they are.
+
+    Where the notebook's name is known, it also prints which database the notebook has and what a terminal outside of
+    JupyterLab needs to share it. On servers that are not the course's own, where notebooks can't have databases of
+    their own, it prints which workers answer already.
+
+    Args:
+        line: what follows the magic; it is not used.
+
+    Raises:
+        ClassroomError: there are no usable servers.
+    """
+    name = notebook_name()
+    os.environ["COURSE_NOTEBOOK"] = name  # for the terminal cells: see `whose`
+    try:
+        pair = servers.ensure(name)
+    except servers.ServerError as error:
+        raise ClassroomError(str(error)) from None
+    print(f"broker:  {servers.without_secrets(pair.broker)}\nbackend: {servers.without_secrets(pair.backend)}")
+    if pair.notice:
+        print(pair.notice)
+    if pair.script and name:
+        database = pair.broker.rpartition("/")[2]
+        elsewhere = "In a terminal outside JupyterLab, or one that is open already, first type"
+        print(f"Database {database} belongs to {name} alone. {elsewhere}: . {shlex.quote(pair.script)}")
+    if not pair.script and (answering := _workers(pair.broker)):
+        print("Workers that answer here already, and may take this notebook's tasks:", *answering, sep="\n  ")
+        print("%stop --everywhere stops those that belong to notebooks of this course.")
+
+
+def notebook_name() -> str:
+    """The name of this kernel's notebook, without folder and suffix; "" where neither VS Code nor Jupyter tells it."""
+    told = getattr(get_ipython(), "user_ns", {}).get("__vsc_ipynb_file__") or os.environ.get("JPY_SESSION_NAME", "")
+    return Path(str(told)).stem
+
+
+def _workers(broker: str) -> list[str]:
+    """A line for each worker that answers, except for those of this kernel."""
+    from celery import Celery  # not in the module: most notebooks have a pair of their own, and don't wait for this
+
+    app = Celery(broker=broker, set_as_current=False)
+    found = []
+    try:
+        with app.connection_for_write() as connection:  # not the pool's, which would stay open
+            answers = app.control.broadcast("stats", reply=True, timeout=PATIENCE, connection=connection)
+    except Exception:  # `ensure` has just reached this broker; if it goes away now, the next cell says so
+        return []
+    for node, stats in sorted(pair for answer in answers for pair in answer.items()):
+        owner = ""
+        with contextlib.suppress(psutil.Error, KeyError, TypeError):  # it runs elsewhere, or as another user
+            process = psutil.Process(stats["pid"])
+            if os.getpid() in (parent.pid for parent in process.parents()):
+                continue
+            owner = whose(process)
+        found.append(f"{node}: {owner or 'not from a notebook of this course'}")
+    return found
