@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -29,8 +30,10 @@ import psutil
 import pytest
 import websocket
 from jupyter_client import BlockingKernelClient
+from redis import AuthenticationError, Redis
 
 from course_tasks import servers
+from course_tasks.__main__ import port_problem
 from course_tasks.install import ROOT, VENV
 from course_tasks.tests.plugin import free_ports, listens, until
 
@@ -66,11 +69,7 @@ class Clone:
             ROOT / "course_tasks", root / "course_tasks", ignore=shutil.ignore_patterns("tests", "__pycache__")
         )
         (root / "course_tasks" / "constraints.txt").write_text("")
-        self.ports = dict(zip(servers.ROLES, free_ports(), strict=False))  # other tests may hold the usual ones
-        module = root / "course_tasks" / "servers.py"
-        module.write_text(
-            re.sub(r"^DEFAULT_PORTS = .*", f"DEFAULT_PORTS = {self.ports}", module.read_text(), flags=re.M)
-        )
+        self.default_ports(dict(zip(servers.ROLES, free_ports(), strict=False)))  # other tests may hold the usual ones
         with zipfile.ZipFile(root.with_name("tiny-1.0-py3-none-any.whl"), "w") as wheel:
             record = "tiny-1.0.dist-info/RECORD,,\n"
             for name, text in TINY.items():
@@ -79,6 +78,10 @@ class Clone:
                 record += f"{name},sha256={digest},{len(text)}\n"
             wheel.writestr("tiny-1.0.dist-info/RECORD", record)
         self.require("tiny==1.0")
+
+    def default_ports(self, ports):
+        self.ports, module = ports, self.root / "course_tasks" / "servers.py"
+        module.write_text(re.sub(r"^DEFAULT_PORTS = .*", f"DEFAULT_PORTS = {ports}", module.read_text(), flags=re.M))
 
     def require(self, requirement):
         (self.root / "requirements.txt").write_text(f"--find-links ..\n{requirement}\n")
@@ -444,20 +447,32 @@ def test_no_server_program(installed, tmp_path):
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
-def test_servers_holds_the_pair_until_it_is_stopped(installed, end, request):
+def test_servers_holds_the_pair_until_it_is_stopped(installed, end, request, clone):
     server = {"COURSE_REDIS_SERVER": servers.find_server()[0]}
     broker, backend = installed.ports.values()
     process = installed.start("servers", **server)
     request.addfinalizer(process.kill)  # which does nothing once it has ended
-    lines = [process.stdout.readline() for _ in range(3)]
+    lines = [process.stdout.readline() for _ in range(4)]
+    script = lines[2].removeprefix("In another terminal, first type: . ").rstrip()
     assert lines == [
         f"Broker:  redis://localhost:{broker}/0\n",
         f"Backend: redis://localhost:{backend}/0\n",
+        f"In another terminal, first type: . {script}\n",
         "Ctrl-C ends this.\n",
     ]
+    url = subprocess.check_output(["sh", "-c", f". {script}; echo $CELERY_BROKER_URL"], text=True).split()[-1]
+    with Redis.from_url(url) as client:
+        assert client.ping()
+    with Redis(port=broker) as client, pytest.raises(AuthenticationError):
+        client.ping()
     assert listens(broker) and listens(backend)
     out = installed.run("doctor", **server)[1]
     assert f"ok  port {broker} " in out and out.count("the course's") == 2
+    clone.default_ports(installed.ports)
+    out = clone.run("doctor", **server)[1]
+    assert (
+        len(re.findall(r"^--  port \d+ +held by another clone's course: the course takes other ports$", out, re.M)) == 2
+    )
     assert process.poll() is None
     process.send_signal(end)
     assert ended(process) == (0, "", "")
@@ -472,6 +487,14 @@ def test_doctor_before_anything_is_installed(clone):
     assert [what for _, what in found] == ["Python", ".venv", "server", *ports, "Docker", "disk"]
     assert ("--", ".venv") in found
     assert not clone.venv.exists()
+
+
+def test_doctor_says_that_the_servers_are_the_users_and_shows_no_password(clone):
+    given = dict.fromkeys(servers.VARIABLES.values(), "redis://:secret@localhost:1/0")
+    code, out, err = clone.run("doctor", **given)
+    assert (code, err) == (0, "") and "secret" not in out
+    assert "--  servers    yours: CELERY_BROKER_URL=redis://localhost:1/0, CELERY_RESULT_BACKEND=redis" in out
+    assert "port" not in out
 
 
 @pytest.mark.parametrize(
@@ -638,31 +661,95 @@ def test_lab_has_the_courses_settings(lab):
     assert json.loads(page)["theirs"] == "kept"
 
 
-@real
-def test_labs_terminal_finds_the_courses_python(lab):
+def in_terminal(lab, command, answer):
+    """Open a terminal in JupyterLab, type a command, and find its answer in what the terminal has said since."""
     name = json.loads(lab.get("/api/terminals", b""))["name"]
     address = f"{lab.url.replace('http', 'ws')}/terminals/websocket/{name}?token={lab.token}"
     with closing(websocket.create_connection(address, timeout=60)) as terminal:
-        terminal.send(json.dumps(["stdin", 'echo "<$(command -v celery)|$THEIRS|$CELERY_BROKER_URL>"\r']))
+        terminal.send(json.dumps(["stdin", f"{command}\r"]))
         seen = ""
-        while not (found := re.search(r"<(/[^$|]*)\|(\w*)\|(\S*)>", seen)):
+        while not (found := re.search(answer, seen)):
             kind, *text = json.loads(terminal.recv())
             seen += text[0] if kind == "stdout" else ""
-    assert found.groups() == (str(VENV / "bin" / "celery"), "sourced", f"redis://localhost:{lab.broker}/0")
+    return found
 
 
-@real
-def test_labs_kernel_finds_the_courses_python(lab):
-    kernel = json.loads(lab.get("/api/kernels", b"{}"))["id"]
+def in_kernel(lab, kernel, code, **expressions):
+    """Run code in one of JupyterLab's kernels; the values of expressions after it, as their reprs."""
     client = BlockingKernelClient(connection_file=str(lab.home / f".local/share/jupyter/runtime/kernel-{kernel}.json"))
     client.load_connection_file()
     client.start_channels()
     try:
         # not wait_for_ready: a kernel that is silent for a second is dead to it, on a busy machine too
-        code = "import shutil, sys"
-        expressions = {"celery": "shutil.which('celery')", "prefix": "sys.prefix"}
         reply = client.execute(code, user_expressions=expressions, reply=True, timeout=60)
     finally:
         client.stop_channels()
-    found = {name: value["data"]["text/plain"] for name, value in reply["content"]["user_expressions"].items()}
+    return {name: value["data"]["text/plain"] for name, value in reply["content"]["user_expressions"].items()}
+
+
+@real
+def test_labs_terminal_finds_the_courses_python(lab):
+    command = 'echo "<$(command -v celery)|$THEIRS|$CELERY_BROKER_URL>"'
+    celery, theirs, url = in_terminal(lab, command, r"<(/[^$|]*)\|(\w*)\|(\S*)>").groups()
+    assert (celery, theirs) == (str(VENV / "bin" / "celery"), "sourced")
+    assert re.fullmatch(rf"redis://:\w{{32}}@localhost:{lab.broker}/0", url)
+
+
+@real
+def test_labs_terminal_shares_the_database_of_the_notebook_whose_first_cell_ran_last(lab):
+    session = {
+        "path": "notebooks/05_pools.ipynb",
+        "type": "notebook",
+        "name": "05_pools.ipynb",
+        "kernel": {"name": "python3"},
+    }
+    kernel = json.loads(lab.get("/api/sessions", json.dumps(session).encode()))["kernel"]["id"]
+    told = in_kernel(lab, kernel, SETUP, url="os.environ['CELERY_BROKER_URL']")["url"]
+    assert told.endswith("/50'")
+    answer = r"(This terminal [^\r\n]*)\r\n[\s\S]*<(redis:\S*)\|(\S*)>"
+    said = in_terminal(lab, 'echo "<$CELERY_BROKER_URL|$(command -v celery)>"', answer).groups()
+    assert said[0] == "This terminal uses database 50, like the notebook 05_pools."
+    assert repr(said[1]) == told
+    assert said[2] == str(VENV / "bin" / "celery")
+
+
+SETUP = "import os\nget_ipython().run_line_magic('load_ext', 'course_tasks.classroom')\n"
+SETUP += "get_ipython().run_line_magic('servers', '')"
+
+
+@real
+def test_labs_kernel_finds_the_courses_python(lab):
+    kernel = json.loads(lab.get("/api/kernels", b"{}"))["id"]
+    found = in_kernel(lab, kernel, "import shutil, sys", celery="shutil.which('celery')", prefix="sys.prefix")
     assert found == {"celery": repr(str(VENV / "bin" / "celery")), "prefix": repr(str(VENV))}
+
+
+@real
+@pytest.mark.parametrize("option", ["--port {}", "--port={}", "--ServerApp.port={}"])
+def test_a_port_that_is_taken_is_refused_before_jupyterlab_starts(tmp_path, option):
+    with socket.create_server(("127.0.0.1", next(free_ports()))) as taken:
+        port = taken.getsockname()[1]
+        process = start_real(
+            tmp_path, "lab", "--no-browser", *option.format(port).split(), COURSE_RUNTIME=str(tmp_path / "own")
+        )
+        assert ended(process) == (
+            1,
+            "",
+            f"course_tasks: Port {port} is taken on this machine. Choose another one, for example --port {port + 1}.\n",
+        )
+    assert not (tmp_path / "own").exists(), "nothing was started"
+
+
+@real
+@pytest.mark.parametrize("value", ["abc", "70000", "-1"])
+def test_what_is_no_port_is_refused_in_one_line(tmp_path, value):
+    code, out, err = ended(start_real(tmp_path, "lab", f"--port={value}"))
+    assert (code, out, err) == (1, "", f"course_tasks: --port takes a number up to 65535, not {value}.\n")
+
+
+@real
+def test_jupyterlab_itself_is_told_not_to_take_another_port():
+    options = ["--no-browser", "--port", str(next(free_ports()))]
+    assert port_problem(options) == "" and "--ServerApp.port_retries=0" in options
+    options = ["--no-browser"]
+    assert port_problem(options) == "" and options == ["--no-browser"]
