@@ -156,11 +156,10 @@ def urls() -> tuple[str, str]:
     """
     broker, backend = (os.environ.get(VARIABLES[role]) for role in ROLES)
     if not (broker and backend):
-        directory = runtime_directory()
-        state = _state(directory)
-        guarded = state is not None and state.guarded
-        pair = _own_pair(state, directory) if state and guarded else Pair(*_urls(DEFAULT_PORTS), origin="compose")
-    return broker or pair.broker, backend or pair.backend
+        state = _state(runtime_directory())
+        found = _urls(state.ports, state.password) if state and state.guarded else _urls(DEFAULT_PORTS)
+        return broker or found[0], backend or found[1]
+    return broker, backend
 
 
 def flush(*urls: str) -> None:
@@ -425,18 +424,18 @@ def _state(directory: Path) -> _State | None:
     return None
 
 
-def _urls(ports: dict[str, int], password: str = "", database: int = 0) -> list[str]:
-    access = f":{password}@" if password else ""
-    return [f"redis://{access}localhost:{ports[role]}/{database}" for role in ROLES]
+def _urls(ports: dict[str, int], password: str = "", database: int = 0) -> tuple[str, str]:
+    place = f"redis://:{password}@localhost" if password else "redis://localhost"
+    return f"{place}:{ports['broker']}/{database}", f"{place}:{ports['backend']}/{database}"
 
 
 def _compose_pair(ports: dict[str, int]) -> Pair:
-    return Pair(*_urls(ports), origin="compose", notice=SHARED)
+    return Pair(*_urls(ports), "compose", SHARED)
 
 
 def _own_pair(state: _State, directory: Path, database: int = 0) -> Pair:
-    urls, script = _urls(state.ports, state.password, database), directory / f"{database}.sh"
-    return Pair(*urls, origin="clone", notice=state.notice, script=str(script))
+    urls = _urls(state.ports, state.password, database)
+    return Pair(*urls, "clone", state.notice, str(directory / f"{database}.sh"))
 
 
 def _locked(descriptor: int, kind: int) -> bool:
@@ -595,9 +594,11 @@ def _start(directory: Path, state: _State, binary: str, start: int) -> str:
     command = [sys.executable, "-I", "-S", __file__, binary, str(start)]
     text = json.dumps(vars(state)).encode()  # not on the command line, which everybody on the machine can read
     with (directory / "guard.log").open("w") as log, contextlib.suppress(subprocess.TimeoutExpired):
-        options = {"cwd": directory, "input": text, "stdout": subprocess.PIPE, "stderr": log}
-        options |= {"pass_fds": [start], "start_new_session": True, "timeout": 2 * START_LIMIT}
-        said = subprocess.run(command, **options).stdout.decode().strip()
+        done = subprocess.run(
+            command, cwd=directory, input=text, stdout=subprocess.PIPE, stderr=log,
+            pass_fds=[start], start_new_session=True, timeout=2 * START_LIMIT,
+        )  # fmt: skip
+        said = done.stdout.decode().strip()
         return "" if said == "ready" else said or "its guard ended at once"
     return "its guard does not answer"
 
@@ -671,7 +672,8 @@ def _server(role: str, binary: str, state: _State) -> subprocess.Popen:
     with Path(f"{role}.log").open("w") as log:
         fcntl.flock(log, fcntl.LOCK_EX)  # the server inherits the lock, and has it as long as it lives
         server = subprocess.Popen([binary, "-"], stdin=pipe, stdout=log, stderr=log, preexec_fn=die_with_guard)
-    with contextlib.suppress(BrokenPipeError), server.stdin as configuration:  # by pipe: ps shows command lines to all
+    assert server.stdin  # a pipe, because ps shows everybody what is on a command line
+    with contextlib.suppress(BrokenPipeError), server.stdin as configuration:
         configuration.write("".join(f"{name} {value}\n" for name, value in options.items()).encode())
     return server
 

@@ -28,6 +28,7 @@ from course_tasks.classroom.broker_view import BrokerView
 from course_tasks.classroom.errors import ClassroomError
 from course_tasks.classroom.journey import Journey
 from course_tasks.install import ROOT
+from course_tasks.servers import without_secrets
 from course_tasks.tests.plugin import free_ports, listens, until
 from course_tasks.tests.test_terminal import Kernel
 
