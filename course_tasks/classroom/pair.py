@@ -57,6 +57,8 @@ def _workers(broker: str) -> list[str]:
     from celery import Celery  # not in the module: most notebooks have a pair of their own, and don't wait for this
 
     app = Celery(broker=broker, set_as_current=False)
+    limits = {"max_retries": 1, "socket_timeout": PATIENCE, "socket_connect_timeout": PATIENCE}
+    app.conf.broker_transport_options = limits
     found = []
     try:
         with app.connection_for_write() as connection:  # not the pool's, which would stay open

@@ -92,6 +92,7 @@ LONGEST = (
     "ipynb::",
     "test_browser",
     "test_terminal",
+    "test_pair",
     "test_correlation",
     "test_experiment",
 )

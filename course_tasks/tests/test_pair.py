@@ -20,6 +20,7 @@ from nbclient.exceptions import CellExecutionError
 from course_tasks import servers
 from course_tasks.authoring import kernels, record
 from course_tasks.tests.plugin import free_ports, listens, processes, until
+from course_tasks.tests.test_servers import impostor
 from course_tasks.tests.test_terminal import Kernel, cell, gone, mark  # noqa: F401
 
 TEN = ["00_welcome", "01_broker", "01b_broker_care", "02_backend", "02b_states", "03_worker", "03b_workers"]
@@ -144,6 +145,35 @@ def test_on_the_users_own_servers_workers_that_answer_are_listed_and_those_of_th
         assert two.text("%stop --everywhere") == "worker of 05_pools: stopped\n"
         assert f"{mark}-one@" not in two.text("%servers")
         assert stranger.poll() is None
+
+
+@pytest.mark.parametrize("speaks", ["as compose's servers do", "and then is silent"])
+def test_a_fake_that_claims_to_be_composes_servers_does_not_go_unnoticed(tmp_path, speaks):
+    """Twenty lines of another account are enough for it: the two marks are no secret."""
+    ports = dict(zip(servers.ROLES, free_ports(), strict=False))
+
+    def claim(mark):
+        def talk(connection):
+            connection.settimeout(60)
+            while received := connection.recv(4096):
+                if b"dbfilename" in received:
+                    answers = [b"dbfilename", mark.encode(), b"dir", servers.CONTAINER_DIR.encode()]
+                    bulk = [b"$%d\r\n%s\r\n" % (len(word), word) for word in answers]
+                    connection.sendall(b"*2\r\n%s%s*2\r\n%s%s+PONG\r\n" % tuple(bulk))
+                elif speaks.startswith("as"):
+                    connection.sendall(b"+OK\r\n" * received.count(b"*"))
+
+        return talk
+
+    with contextlib.ExitStack() as stack:
+        for role, mark in servers.MARKS.items():
+            stack.enter_context(impostor(ports[role], claim(mark)))
+        nothing = dict.fromkeys([*servers.VARIABLES.values(), "COURSE_RUNTIME"])
+        kernel = stack.enter_context(notebook("00_welcome", **nothing, XDG_RUNTIME_DIR=str(tmp_path)))
+        kernel.run(f"from course_tasks import servers; servers.DEFAULT_PORTS.update({ports})")
+        said = kernel.text("%servers")
+        places = [f"redis://localhost:{port}/0" for port in ports.values()]
+        assert said == f"broker:  {places[0]}\nbackend: {places[1]}\n{servers.SHARED}\n"
 
 
 def test_stop_everywhere_is_for_every_kernel_of_this_clone_and_no_other(pair, mark, tmp_path):  # noqa: F811

@@ -399,7 +399,8 @@ def test_each_notebook_has_a_database_of_its_own_as_long_as_its_kernel_lives(hom
 
 
 def test_a_kernel_keeps_its_database_and_its_children_have_no_part_in_the_lock(home):
-    code = "import subprocess; tell(servers.ensure, '06_concurrency'); subprocess.Popen(['sleep', '60'])"
+    code = "import subprocess as s; tell(servers.ensure, '06_concurrency'); "
+    code += "s.Popen(['sleep', '60'], close_fds=False, stdin=s.DEVNULL, stdout=s.DEVNULL, stderr=s.DEVNULL)"
     process, pair = home.hold(code + "\nfor line in sys.stdin: tell(servers.ensure, '06_concurrency')")
     assert again(process) == pair and database(pair) == 60
     children = psutil.Process(process.pid).children()
