@@ -3,6 +3,7 @@
 Usage: python3 -m course_tasks COMMAND [options]
 
   lab [options]      open the course in JupyterLab; the options are JupyterLab's, e.g. --no-browser --port 9999
+  reset CHAPTER ...  start chapters anew, e.g. reset 05 05b; what you wrote is kept in my_notebooks/old
   test [options]     run the course's tests; the options are pytest's, e.g. -x notebooks/00_welcome.ipynb
   install [--dev]    prepare everything and stop, e.g. at home before a workshop; --dev adds contributors' tools
   servers            start the broker and the backend, print their URLs and keep them running until Ctrl-C
@@ -92,10 +93,14 @@ def port_problem(options):
 
 
 def lab(options):
+    from course_tasks import copies
+
     problem = port_problem(options)
     if problem:
         return complain(problem)
     start_pair()
+    for line in copies.update():
+        print(line, flush=True)
     ours, theirs = str(Path(__file__).resolve().parent / "jupyter"), os.environ.get("JUPYTER_CONFIG_PATH")
     os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join([ours, theirs] if theirs else [ours])
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # .venv's kernel, even if the user has one of the same name
@@ -127,12 +132,12 @@ def server(options):
 
 
 IN_VENV = {"lab": lab, "test": test, "servers": servers}
-COMMANDS = [*IN_VENV, "install", "doctor", "server"]
+COMMANDS = [*IN_VENV, "install", "reset", "doctor", "server"]
 
 
 def run(command, options):
     """Carry out a command. Returns its exit code, if this process does not become another one."""
-    from course_tasks import doctor, install
+    from course_tasks import copies, doctor, install
     from course_tasks.servers import ServerError
 
     own = options[1:] if options[:1] == ["--"] else options
@@ -142,6 +147,8 @@ def run(command, options):
         os.chdir(install.ROOT)
         if command == "doctor":
             return doctor.main()
+        if command == "reset":
+            return print("\n".join(copies.reset(own)))
         install.install(dev=command == "install" and "--dev" in options)
         if command == "install":
             return print("Ready. Next: python3 -m course_tasks lab")

@@ -168,6 +168,7 @@ def main(arguments: list[str]) -> int:
     os.environ["COURSE_RECORDING"] = "1"
     with tempfile.TemporaryDirectory(prefix="course-") as directory:
         pair = servers.private(directory)
+        os.environ["COURSE_MY_NOTEBOOKS"] = directory  # what is recorded is nobody's progress
         for path in paths:
             servers.flush(pair.broker, pair.backend)
             try:

@@ -1,15 +1,17 @@
-"""What a notebook loads: the magics (`%load_ext course_tasks.classroom`), `check` and `free_port`."""
+"""What a notebook loads: the magics (`%load_ext course_tasks.classroom`), `check`, `quiz` and `free_port`."""
 
 import contextlib
 import random
 import socket
 
+from course_tasks import copies, progress
+from course_tasks.classroom import course_map
 from course_tasks.classroom.errors import ClassroomError
-from course_tasks.classroom.pair import show_servers
+from course_tasks.classroom.pair import notebook_name, show_servers
 from course_tasks.classroom.terminal import TerminalMagics
-from course_tasks.exercises import check
+from course_tasks.exercises import check, quiz
 
-__all__ = ["ClassroomError", "check", "free_port", "load_ipython_extension"]
+__all__ = ["ClassroomError", "check", "free_port", "load_ipython_extension", "quiz"]
 
 
 def free_port() -> int:
@@ -28,6 +30,15 @@ def free_port() -> int:
 
 
 def load_ipython_extension(ipython) -> None:
-    """Register the course's magics with a running IPython (IPython calls this)."""
+    """Register the course's magics with a running IPython, give it `quiz`, and note the chapter (IPython calls this).
+
+    Args:
+        ipython: the running IPython.
+    """
     ipython.register_magics(TerminalMagics)
     ipython.register_magic_function(show_servers, "line", "servers")
+    ipython.register_magic_function(course_map.show, "line", "progress")
+    ipython.push({"quiz": quiz})
+    chapter = copies.number(notebook_name())
+    if chapter in copies.chapters():
+        progress.note(chapter)

@@ -1,10 +1,17 @@
-"""The exercises: a module a chapter, with what judges an answer and the wrong answers that it must refuse."""
+"""The exercises and quiz questions: a module a chapter, with what judges an answer and the wrong answers to refuse."""
 
 import importlib.util
+import json
+import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from course_tasks import copies, progress
+
+DOTS = (..., "...", "…", "")  # an answer that the learner has not given yet
+WIDTH = 90  # letters in a line of an explanation: JupyterLab breaks longer lines in the middle of a word
 # What a learner calls the types of answers.
 WORDS = {
     "AsyncResult": "a receipt (an AsyncResult)",
@@ -40,6 +47,39 @@ class Exercise:
     wrong: dict[str, str]
 
 
+@dataclass(frozen=True)
+class Question:
+    """One question of a chapter's quiz: either with choices, or for a short text.
+
+    The notebook has the question, and under it the folded answer with its explanation, which `quiz` prints.
+
+    Attributes:
+        right: the letter of the right choice; or, for a short text, all texts that are right.
+        wrong: for each other choice, or for each wrong text that people are likely to give, why it is wrong.
+        otherwise: what to say about any other text. Empty for a question with choices.
+    """
+
+    right: str | tuple[str, ...]
+    wrong: dict[str, str]
+    otherwise: str = ""
+
+    def judge(self, answer: str) -> str | None:
+        """Judge an answer. Capitals, blanks and a closing bracket or full stop make no difference.
+
+        Args:
+            answer: a letter or a short text.
+
+        Returns:
+            Why the answer is wrong, or None if it is right.
+        """
+        given = _plain(answer)
+        if given in map(_plain, (self.right,) if isinstance(self.right, str) else self.right):
+            return None
+        choices = ", ".join(sorted([str(self.right), *self.wrong]))
+        otherwise = self.otherwise or f"{answer.strip()!r} is not one of the choices: {choices}."
+        return {_plain(wrong): reason for wrong, reason in self.wrong.items()}.get(given, otherwise)
+
+
 def called(answer: Callable, *args: Any, case: str = "") -> Any:
     """Call a learner's function.
 
@@ -64,34 +104,137 @@ def called(answer: Callable, *args: Any, case: str = "") -> Any:
 
 
 def all_of(chapter: str) -> dict[str, Exercise]:
-    """The exercises of a chapter ("00") by their names ("00-1"); none if there is no such chapter."""
+    """The exercises of a chapter.
+
+    Args:
+        chapter: its number, "01b" for example.
+
+    Returns:
+        The exercises by their names ("01b-1"); none if there is no such chapter.
+    """
+    return _of_module(chapter, "EXERCISES")
+
+
+def quiz_of(chapter: str) -> dict[str, Question]:
+    """The quiz questions of a chapter.
+
+    Args:
+        chapter: its number, "01b" for example.
+
+    Returns:
+        The questions by their names ("01b-1"); none if the chapter has no quiz that takes answers.
+    """
+    return _of_module(chapter, "QUIZ")
+
+
+def _of_module(chapter: str, what: str) -> dict:
     name = f"{__name__}.chapter_{chapter}"
-    return importlib.import_module(name).EXERCISES if importlib.util.find_spec(name) else {}
+    return getattr(importlib.import_module(name), what, {}) if importlib.util.find_spec(name) else {}
 
 
 def check(exercise: str, answer: Any) -> None:
-    """Print whether the answer is still to do, wrong (and why), or right. Never raises."""
+    """Print whether the answer to an exercise is still to do, wrong (and why), or right; and remember it.
+
+    Never raises.
+
+    Args:
+        exercise: the name in the course's own cell, "01b-1" for example.
+        answer: the learner's answer, or dots.
+    """
     try:
         print(_verdict(exercise, answer))
     except Exception as error:  # a learner's object may do anything when it is looked at
         print(f"✘ {exercise}: your answer could not be judged: {type(error).__name__}: {error}")
 
 
+def quiz(question: str, answer: Any) -> None:
+    """Print whether the answer to a quiz question is still to do, wrong (and why), or right; and remember it.
+
+    Never raises. A right answer is explained.
+
+    Args:
+        question: the name in the course's own cell, "01b-1" for example.
+        answer: the letter of a choice or a short text; or dots.
+    """
+    try:
+        for line in _quiz_verdict(question, answer).splitlines():
+            print(textwrap.fill(line, WIDTH, break_long_words=False, break_on_hyphens=False))
+    except Exception as error:
+        print(f"✘ quiz {question}: your answer could not be judged: {type(error).__name__}: {error}")
+
+
 def _verdict(exercise: str, answer: Any) -> str:
-    found = all_of(str(exercise).partition("-")[0]).get(exercise)
+    chapter = str(exercise).partition("-")[0]
+    found = all_of(chapter).get(exercise)
     if found is None:
         return f"There is no exercise {exercise!r}: the name in the course's own cell has to stay as it was."
     if answer is ...:
-        return f"☐ {exercise}: still to do. Put your answer in place of the dots (...), and run both cells again."
+        line = f"☐ {exercise}: still to do. Put your answer in place of the dots (...), and run both cells again."
+        return line + _remember(chapter, "exercises", exercise, "open")[1]
     if not isinstance(answer, found.kind):
         kinds = found.kind if isinstance(found.kind, tuple) else (found.kind,)
         wanted = " or ".join(map(_in_words, kinds))
-        return f"✘ {exercise}: the answer should be {wanted}, and this is {_in_words(type(answer))}."
-    try:
+        reason = f"the answer should be {wanted}, and this is {_in_words(type(answer))}."
+    else:
+        try:
+            reason = found.judge(answer)
+        except WrongAnswer as error:
+            reason = str(error)
+    if reason:
+        return f"✘ {exercise}: {reason}" + _remember(chapter, "exercises", exercise, "wrong")[1]
+    states, notice = _remember(chapter, "exercises", exercise, "right")
+    names = all_of(chapter)
+    count = sum(states.get(name) == "right" for name in names)
+    return f"✔ {exercise}: right. {count} of {len(names)} in this chapter.{notice}"
+
+
+def _quiz_verdict(question: str, answer: Any) -> str:
+    chapter = str(question).partition("-")[0]
+    found = quiz_of(chapter).get(question)
+    if found is None:
+        return f"There is no quiz question {question!r}: the name in the course's own cell has to stay as it was."
+    if answer is ... or (isinstance(answer, str) and answer.strip() in DOTS):
+        line = f"☐ quiz {question}: still to do. Put your answer in place of the dots, and run this cell again."
+        return line + _remember(chapter, "quiz", question, "open")[1]
+    if isinstance(answer, str):
         reason = found.judge(answer)
-    except WrongAnswer as error:
-        reason = str(error)
-    return f"✘ {exercise}: {reason}" if reason else f"✔ {exercise}: right."
+    else:
+        reason = f'an answer is a text in quotes, such as "a". This is {_in_words(type(answer))}.'
+    if reason:
+        return f"✘ quiz {question}: {reason}" + _remember(chapter, "quiz", question, "wrong")[1]
+    notice = _remember(chapter, "quiz", question, "right")[1]
+    return f"✔ quiz {question}: right. {explanation(question)}".rstrip() + notice
+
+
+def _remember(chapter: str, kind: str, name: str, state: str) -> tuple[dict[str, str], str]:
+    """Note the state of an answer; returns all states of that kind, and a further line if there was trouble."""
+    states, trouble = progress.note(chapter, kind, name, state)
+    return states[kind], f"\n{trouble}" if trouble else ""
+
+
+def explanation(question: str) -> str:
+    """What the chapter's folded answer says about a quiz question.
+
+    Args:
+        question: its name, "01b-1" for example.
+
+    Returns:
+        Plain text on one line, without the answer itself; empty if the notebook can't be read.
+    """
+    chapter, _, number = question.partition("-")
+    try:
+        notebook = json.loads(copies.chapters()[chapter].read_text(encoding="utf-8"))
+        text = "\n\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "markdown")
+        summary = f"<summary>Answer to question {number}</summary>"
+        [folded] = re.findall(rf"(?s)<details>{summary}\s+\*\*.*?\*\*\s+(.*?)\s+</details>", text)
+    except Exception:  # whatever a learner has made of the notebook, the answer is right
+        return ""
+    unlinked = re.sub(r"\[([^\]]*)\]\([^)]*\)|</?\w[^>]*>", r"\1", folded)
+    return " ".join(re.sub(r"`|\*\*|(?<!\w)\*(?=\S)|(?<=\S)\*(?!\w)", "", unlinked).split())
+
+
+def _plain(answer: str) -> str:
+    return " ".join(answer.strip(" \t\n.)`'\"").casefold().split())
 
 
 def _in_words(kind: Any) -> str:

@@ -1,9 +1,9 @@
-"""The exercises of chapter 00."""
+"""The exercises and the quiz of chapter 00."""
 
 from celery.exceptions import NotRegistered, TimeoutError
 from celery.result import AsyncResult
 
-from course_tasks.exercises import Exercise
+from course_tasks.exercises import Exercise, Question
 
 
 def _sends_add(answer: AsyncResult) -> str | None:
@@ -66,5 +66,39 @@ EXERCISES = {
             "answer = client.AsyncResult(result.id).state": "a task that a worker has had",
             'answer = "UNKNOWN"': "no such state",
         },
+    ),
+}
+
+QUIZ = {
+    "00-1": Question(
+        right="b",
+        wrong={
+            "a": "`send_task` had handed the message to the broker before the crash, and the broker still runs.",
+            "c": "no worker has seen the task yet, so nobody could report an error to the backend.",
+        },
+    ),
+    "00-2": Question(
+        right="d",
+        wrong={
+            "a": "this error comes from `get` in your own program. A task that fails gets the state FAILURE.",
+            "b": "a worker may be in the middle of the task. From your side, that looks just the same.",
+            "c": "nobody told the broker or a worker that you stopped waiting, so they carry on as before.",
+        },
+    ),
+    "00-3": Question(
+        right="a",
+        wrong={
+            "b": "the code runs in the worker, so only the worker needs it.",
+            "c": "the client leaves the message with the broker, and any worker of that queue may take it.",
+        },
+    ),
+    "00-4": Question(
+        right=("backend", "the backend", "result backend", "the result backend"),
+        wrong={
+            "broker": "the broker keeps messages until a worker takes them. The result goes to another place.",
+            "worker": "the worker gives the result away when the task ends. You can stop it and still get the result.",
+            "client": "the client wasn't running when the task finished, so it could not receive anything.",
+        },
+        otherwise="name one of the four parts in the picture at the top: client, broker, worker or backend.",
     ),
 }

@@ -7,13 +7,15 @@ import os
 import threading
 from pathlib import Path
 
+from course_tasks import copies, progress
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
 c = get_config()  # type: ignore[name-defined] # noqa: F821 (Jupyter defines it)
 c.ServerApp.root_dir = str(ROOT)  # not notebooks/: links to ../README.md must work
 c.ServerApp.allow_root = os.geteuid() == 0  # in a container people are root
-c.LabApp.default_url = "/lab/tree/notebooks/00_welcome.ipynb"
+c.LabApp.default_url = f"/lab/tree/{copies.start_page(progress.read()['last'])}"
 c.LabApp.workspaces_dir = str(ROOT / ".venv" / "workspaces")  # its own: no tabs from the user's other projects
 c.LabApp.news_url = None
 c.LabApp.check_for_updates_class = "jupyterlab.NeverCheckForUpdate"

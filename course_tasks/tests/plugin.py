@@ -5,6 +5,7 @@ Loaded by the `-p` in pyproject.toml, so that `pytest` on a test, on a notebook 
 
 import contextlib
 import functools
+import os
 import re
 import signal
 import socket
@@ -48,14 +49,15 @@ def pytest_sessionstart(session) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     stack = config.stash[STACK] = contextlib.ExitStack()
     directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="course-", ignore_cleanup_errors=True))
+    os.environ["COURSE_MY_NOTEBOOKS"] = str(Path(directory, "my_notebooks"))  # no test touches what a learner has
     pair = config.stash[PAIR] = servers.private(Path(directory, "pair"))
 
     def start_kernel(startup_timeout=60, kernel_name="python3", **options):
         """nbval's own, but with JupyterLab's environment, sockets and files that can't clash, and an empty pair."""
         _empty(pair)
         manager = stack.enter_context(kernels.kernel_manager(directory))
-        options["cwd"] = stack.enter_context(kernels.workplace(directory))
-        manager.start_kernel(env=kernels.kernel_environment(), **options)
+        folder = options["cwd"] = stack.enter_context(kernels.workplace(directory))
+        manager.start_kernel(env=kernels.kernel_environment() | {"COURSE_MY_NOTEBOOKS": folder}, **options)
         client = manager.client()
         client.start_channels()
         client.wait_for_ready(timeout=startup_timeout)
@@ -170,12 +172,14 @@ class LearnerTriesEverything(pytest.Item):
     """Run the chapter for the second time in nbval's kernel, as Run All does, where a failed cell ends it.
 
     The outputs are the stored ones. Each answer is judged where it is asked for: left open, then each of the wrong
-    ones, then the printed solution. The broker is left as it was.
+    ones, then the printed solution; and each quiz question likewise. In the end the chapter is complete, and the
+    broker is left as it was.
     """
 
     def runtest(self) -> None:
         """Raise AssertionError or pytest's Failed where the chapter does not do so."""
         tags, judged = tagged(self.path), dict(exercises.all_of(chapter(self.path)))
+        asked = dict(exercises.quiz_of(chapter(self.path)))
         notebook = nbformat.read(self.path, as_version=4)
         client = NotebookClient(notebook, km=self.parent.kernel.km, timeout=kernels.CELL_TIMEOUT)
         client.start_new_kernel_client()
@@ -189,15 +193,34 @@ class LearnerTriesEverything(pytest.Item):
             except CellExecutionError as error:
                 pytest.fail(f"{cell.id} ends the learner's Run All: {error}")
 
-        def verdict(check: nbformat.NotebookNode) -> str:
-            return "".join(output.get("text", "") for output in run(check).outputs)
+        def verdict(check: nbformat.NotebookNode, source: str | None = None) -> str:
+            return " ".join("".join(output.get("text", "") for output in run(check, source).outputs).split())
+
+        def try_question(cell: nbformat.NotebookNode, name: str) -> None:
+            """Answer a quiz question in every way that the chapter's module knows."""
+            question = asked.pop(name)
+            rights = [question.right] if isinstance(question.right, str) else question.right
+            for wrong, reason in question.wrong.items():
+                assert verdict(cell, f"quiz({name!r}, {wrong!r})") == f"✘ quiz {name}: {reason}"
+            said = verdict(cell, f"quiz({name!r}, 'what?')")
+            assert said == f"✘ quiz {name}: {question.otherwise}" or "is not one of the choices: a, b, c" in said
+            for right in rights:
+                said = verdict(cell, f"quiz({name!r}, {f' {right.upper()} '!r})")
+                assert re.fullmatch(rf"✔ quiz {name}: right\. \w.{{30,}}", said), "right, and explained"
 
         # what follows a log or a queue would change outputs later on
         client.kc.execute("import os; os.environ['COURSE_RECORDING'] = '1'", silent=True)
         for cell in cells(self.path, "code"):
             again = run(cell)
+            if cell.source == "%progress":
+                [row] = re.findall(rf"(?m)^{chapter(self.path)} .*", again.outputs[0].data["text/plain"])
+                assert row.endswith("✔ complete, ▶ you stopped here"), row
+                continue
             if "setup" not in cell.metadata.get("tags", []):  # where IPython says that the extension is loaded
                 assert record.comparable(again) == record.comparable(cell), f"{cell.id}, run for the second time"
+            for tag in cell.metadata.get("tags", []):
+                if tag.startswith("quiz-"):
+                    try_question(cell, tag.removeprefix("quiz-"))
             [name] = [tag[6:] for tag in cell.metadata.get("tags", []) if tag.startswith("check-")] or [None]
             if name is None:
                 continue
@@ -208,8 +231,12 @@ class LearnerTriesEverything(pytest.Item):
                 assert (said := verdict(cell)).startswith(f"✘ {name}: ") and reason in said, (wrong, said)
             [solution] = re.findall(r"(?s)```python\n(.*?)```", tags[f"solution-{name}"].source)
             run(place, solution)
-            assert verdict(cell).startswith(f"✔ {name}"), f"the printed solution of {name} is refused"
+            said = verdict(cell)
+            assert re.fullmatch(rf"✔ {name}: right\. \d of \d in this chapter\.", said), (
+                f"the printed solution of {name} is refused"
+            )
         assert not judged, "an exercise that the chapter does not ask"
+        assert not asked, "a quiz question that the chapter does not ask"
 
         client.kc.stop_channels()
         self.parent.kernel.stop()

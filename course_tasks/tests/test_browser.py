@@ -38,11 +38,14 @@ api.expect.set_options(timeout=WAIT)
 
 
 class Lab:
-    """JupyterLab on a copy of the notebooks, so that what is saved is not the course's own."""
+    """JupyterLab on the working copies of a learner who has just begun."""
 
     def __init__(self, folder: Path):
-        self.notebooks = folder / "notebooks"
-        shutil.copytree(kernels.NOTEBOOKS, self.notebooks, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+        self.notebooks = folder / "my_notebooks"
+        self.notebooks.mkdir()
+        shutil.copytree(kernels.NOTEBOOKS / "figures", folder / "notebooks" / "figures")
+        # as in a clone, because Lab follows no link out of its root
+        (self.notebooks / "figures").symlink_to("../notebooks/figures")
         shutil.copy(ROOT / "README.md", folder)
         home = folder / "home"
         home.mkdir()
@@ -50,7 +53,12 @@ class Lab:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "course_tasks", "lab", "--no-browser", "--port=0", *places],
             cwd=ROOT,
-            env={**kernels.kernel_environment(), "HOME": str(home), "JUPYTER_PREFER_ENV_PATH": "1"},
+            env={
+                **kernels.kernel_environment(),
+                "HOME": str(home),
+                "JUPYTER_PREFER_ENV_PATH": "1",
+                "COURSE_MY_NOTEBOOKS": str(self.notebooks),
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -83,7 +91,7 @@ class Lab:
             connection = http.client.HTTPConnection(where.netloc, timeout=60)
             with contextlib.suppress(OSError, http.client.HTTPException):
                 while True:
-                    connection.request("GET", f"/api/contents/notebooks?{where.query}")
+                    connection.request("GET", f"/api/contents/my_notebooks?{where.query}")
                     assert "content" in json.load(connection.getresponse())
                     answered.set()
 
@@ -134,7 +142,7 @@ def page(context, lab, request):
     page = context.new_page()
     page.emulate_media(color_scheme=theme)
     page.set_default_timeout(WAIT)
-    url = lab.url if name == WELCOME else re.sub(r"/lab[^?]*", f"/lab/tree/notebooks/{name}", lab.url)
+    url = lab.url if name == WELCOME else re.sub(r"/lab[^?]*", f"/lab/tree/my_notebooks/{name}", lab.url)
     page.goto(url + "&reset")  # without what other tests have left open
     # the status bar: the indicator at the top says "idle" before there is a kernel too, and what is run then is lost
     api.expect(page.locator("#jp-main-statusbar")).to_contain_text("| Idle")
@@ -185,7 +193,8 @@ def save(page: api.Page, lab: Lab, name: str = WELCOME) -> None:
 
 
 def test_lab_opens_on_chapter_00_and_run_all_shows_the_workers_log_which_grows_and_stop_stops_it(page, lab):
-    assert page.url.partition("?")[0].endswith("/lab/tree/notebooks/00_welcome.ipynb")
+    assert page.url.partition("?")[0].endswith("/lab/tree/my_notebooks/00_welcome.ipynb")
+    assert all(cell["outputs"] == [] for cell in lab.cells()), "no answer is seen before its question"
     api.expect(page.get_by_role("heading", name=re.compile("^00 Welcome"))).to_be_visible()
     picture = page.locator("img[alt*=backend]")
     assert picture.evaluate("image => image.complete && image.naturalWidth") > 0
@@ -221,6 +230,36 @@ def test_the_saved_notebook_shows_the_pane_in_both_themes(page):
         assert over == 0, "long lines wrap"
         view = log.evaluate("log => [log.scrollTop, log.scrollHeight > log.clientHeight]")
         assert view == [0, True], "the end of a long log is what is seen (0 is the end in a reversed box)"
+
+
+ANSWERS = """from course_tasks.classroom import check
+%load_ext course_tasks.classroom
+check("00-3", "PENDING")
+quiz("00-1", "b")
+%progress"""
+
+
+def test_answers_are_counted_and_the_map_leads_to_the_next_chapter_in_both_themes(page, lab):
+    page.locator(".jp-Notebook .jp-Cell").first.click()
+    page.keyboard.press("Escape")
+    page.keyboard.press("b")
+    page.keyboard.press("Enter")
+    page.keyboard.insert_text(ANSWERS)
+    page.keyboard.press("Control+Enter")
+    said = page.locator(".jp-Notebook .jp-OutputArea").first
+    api.expect(said).to_contain_text("✔ 00-3: right. 1 of 3 in this chapter.")
+    api.expect(said).to_contain_text("✔ quiz 00-1: right. send_task had already handed")
+    rows = page.locator(".jp-Notebook table[aria-label='Your progress'] tr")
+    api.expect(rows).to_have_count(len(CHAPTERS) + 2)
+    api.expect(rows.nth(1)).to_have_text("00 Welcome1 of 31 of 4▶ you stopped here")
+    for theme in ("dark", "light"):
+        switch(page, theme)
+        for what in ("a", "td", "th"):
+            assert rows.nth(1).locator(what).first.evaluate(CONTRAST) > 4.5, (theme, what)
+            assert rows.nth(2).locator(what).first.evaluate(CONTRAST) > 4.5, (theme, what)
+    rows.nth(2).get_by_role("link").click()
+    api.expect(page.get_by_role("heading", name=re.compile("^01 Broker"))).to_be_visible()
+    assert page.url.partition("?")[0].endswith("/lab/tree/my_notebooks/01_broker.ipynb")
 
 
 def test_a_running_pane_follows_and_closing_lab_leaves_no_worker(page, lab):

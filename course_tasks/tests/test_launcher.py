@@ -530,6 +530,7 @@ real = pytest.mark.skipif(Path(sys.prefix) != VENV, reason="this pytest does not
 
 
 def start_real(home, *words, **more):
+    more = {"COURSE_MY_NOTEBOOKS": str(home / "my_notebooks")} | more  # not those of whoever runs the tests
     return subprocess.Popen(
         [sys.executable, "-m", "course_tasks", *words],
         cwd=ROOT, env=environment(home, **more), stdin=subprocess.DEVNULL,
@@ -637,8 +638,9 @@ def lab(tmp_path_factory):
 
 
 @real
-def test_lab_opens_chapter_00_with_the_course_as_root(lab):
-    assert lab.opens == "/lab/tree/notebooks/00_welcome.ipynb"
+def test_lab_opens_the_copy_of_chapter_00_with_the_course_as_root(lab):
+    assert lab.opens == "/lab/tree/my_notebooks/00_welcome.ipynb"
+    assert (lab.home / "my_notebooks" / "07d_across_services.ipynb").exists()
     contents = json.loads(lab.get("/api/contents/"))
     assert {"notebooks", "requirements.txt"} <= {entry["name"] for entry in contents["content"]}
 
@@ -656,6 +658,7 @@ def test_lab_has_the_courses_settings(lab):
     assert default("apputils-extension:themes", "adaptive-theme") is True
     assert default("apputils-extension:notification", "fetchNews") == "false"
     assert default("docmanager-extension:plugin", "defaultViewers") == {"markdown": "Markdown Preview"}
+    assert default("docmanager-extension:plugin", "autosaveInterval") == 15
     page = re.search(r'<script id="jupyter-config-data"[^>]*>(.*?)</script>', lab.get("/lab"), re.DOTALL)[1]
     assert json.loads(page)["news"] == {"disabled": True}
     assert json.loads(page)["theirs"] == "kept"

@@ -116,9 +116,8 @@ def test_a_chapter_follows_the_template(path):
     assert text.count("**Predict:**") >= 2
     assert re.search(r"(?m)^## Break it", text)
     assert text.count("<details>") == text.count("</details>")
-    quiz = text.partition("**Quiz**")[2]
-    assert quiz.count("<summary>") == 3
-    assert cells(path, "code")[-1].source.startswith("%stop"), "a chapter stops its workers at its end"
+    sources = [cell.source for cell in cells(path, "code") if cell.source != "%progress"]
+    assert sources[-1].startswith("%stop"), "a chapter stops its workers at its end"
 
 
 def test_readme_and_chapter_00_have_the_same_table_of_all_chapters():
@@ -149,3 +148,40 @@ def test_every_exercise_has_its_cells_and_two_wrong_answers(path):
         assert tags[f"check-{name}"].source == f'check("{name}", answer)'
         assert len(re.findall(r"(?s)```python\n.*?```", tags[f"solution-{name}"].source)) == 1
         assert len(exercise.wrong) >= 2 and len(set(exercise.wrong.values())) == len(exercise.wrong)
+
+
+@chapters()
+def test_a_quiz_has_its_cells_and_a_folded_answer_for_each_question(path):
+    questions = exercises.quiz_of(chapter(path))
+    before, mark, text = prose(path).partition("**Quiz**")
+    assert mark and "**Quiz**" not in text
+    if not questions:
+        assert text.count("<summary>") == 3 and "quiz(" not in path.read_text()
+        return
+    assert list(questions) == [f"{chapter(path)}-{number}" for number in range(1, len(questions) + 1)]
+    assert len(questions) >= 3 and "<summary>Answer to question" not in before
+    assert sorted(tag for tag in tagged(path) if tag.startswith("quiz-")) == [f"quiz-{name}" for name in questions]
+    all_cells = nbformat.read(path, as_version=4).cells
+    for name, question in questions.items():
+        number = name.partition("-")[2]
+        at = all_cells.index(tagged(path)[f"quiz-{name}"])
+        ask, code, answer = all_cells[at - 1 : at + 2]
+        assert code.source == f'quiz("{name}", "...")'
+        assert code.outputs[0].text.startswith(f"☐ quiz {name}: still to do")
+        asked = ask.source.rpartition("</details>")[2]
+        assert f"### Question {number}\n\n" in asked
+        choices = re.findall(r"(?m)^- \*\*([a-z])\)\*\* \S", asked)
+        folded = answer.source.partition("</details>")[0]
+        says = re.match(
+            rf"<details><summary>Answer to question {number}</summary>\n\n\*\*(.*?)\.\*\* (.+)\n\n$", folded
+        )
+        assert says, folded
+        rights = [question.right] if isinstance(question.right, str) else question.right
+        assert says[1] in rights, "the folded answer names the right one"
+        if isinstance(question.right, str):
+            assert choices == sorted([question.right, *question.wrong]) == list("abcdef"[: len(choices)])
+            assert len(choices) >= 3 and not question.otherwise
+        else:
+            assert not choices and len(question.wrong) >= 2 and question.otherwise
+        assert len({*question.wrong.values()}) == len(question.wrong), "each wrong answer has a reason of its own"
+        assert not re.search(r"`|\*|</?\w", exercises.explanation(name)), "plain text"
