@@ -171,6 +171,7 @@ def _verdict(exercise: str, answer: Any) -> str:
     if answer is ...:
         line = f"☐ {exercise}: still to do. Put your answer in place of the dots (...), and run both cells again."
         return line + _remember(chapter, "exercises", exercise, "open")[1]
+    reason: str | None
     if not isinstance(answer, found.kind):
         kinds = found.kind if isinstance(found.kind, tuple) else (found.kind,)
         wanted = " or ".join(map(_in_words, kinds))
