@@ -235,7 +235,7 @@ def explanation(question: str) -> str:
 
 
 def _plain(answer: str) -> str:
-    return " ".join(answer.strip(" \t\n.)`'\"").casefold().split())
+    return " ".join(answer.strip(" \t\n.()`'\"").casefold().split())
 
 
 def _in_words(kind: Any) -> str:
