@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -44,10 +44,11 @@ class Terminal:
         name: what the learner calls it.
         command: one or more lines of shell; the last one is the process that signals go to.
         ready: regular expression; the first line of the log that matches says that the command is ready.
+        shown: how many lines of the log the pane shows.
     """
 
-    def __init__(self, name: str, command: str, ready: re.Pattern):
-        self.name, self.command = name, command.strip()
+    def __init__(self, name: str, command: str, ready: re.Pattern, shown: int = SHOWN):
+        self.name, self.command, self.shown = name, command.strip(), shown
         self.log: collections.deque[str] = collections.deque(maxlen=KEPT)  # with its colours
         self.count = 0  # lines ever written, of which the log keeps the last
         self.seen = 0  # lines that the pane's first text or %tail has shown
@@ -105,6 +106,32 @@ class Terminal:
         with self.changed:
             return self.changed.wait_for(condition, timeout)
 
+    def find(self, matches: Callable[[str], object], start: int, times: int, timeout: float) -> tuple[int, int]:
+        """Wait until enough lines match, or the command ends. Each line is looked at once, without its colours.
+
+        Args:
+            matches: called with a line; returns something true if it matches.
+            start: the number of the first line to look at.
+            times: how many lines have to match.
+            timeout: how many seconds to wait at most.
+
+        Returns:
+            How many lines matched, and the number of lines up to the last one that was looked at.
+        """
+        found, at = 0, start
+
+        def enough() -> bool:
+            nonlocal found, at
+            at = max(at, self.count - len(self.log))
+            for line in self.lines(at):
+                found, at = found + bool(matches(plain(line))), at + 1
+                if found == times:
+                    break
+            return found == times or not self.running
+
+        self.wait(enough, timeout)
+        return found, at
+
     def order(self, letter: bytes) -> None:
         """Ask the supervisor for a signal: b"t" for SIGTERM, b"k" for SIGKILL."""
         self.ordered = "killed" if letter == b"k" else "stopped"
@@ -113,7 +140,7 @@ class Terminal:
 
     def bundle(self, end: int | None = None) -> dict[str, str]:
         """What a notebook shows of it: the command, the state and the log's last lines, as text and as HTML."""
-        log = self.lines(0, end)[-SHOWN:]
+        log = self.lines(0, end)[-self.shown :]
         title = f"{self.name}: {self.state}"
         text = "\n".join([title, *(f"$ {line}" for line in self.command.splitlines()), *map(plain, log)])
         return {"text/plain": text, "text/html": _pane(self.name, title, self.command, log)}
@@ -204,6 +231,11 @@ def _uninterrupted():
         raise KeyboardInterrupt
 
 
+def _unquoted(text: str) -> str:
+    """A magic's option without the quotes around it, which IPython leaves there."""
+    return text[1:-1] if re.fullmatch(r"(?s)(['\"]).*\1", text) else text
+
+
 def _last(terminal: Terminal, lines: int = 12) -> str:
     """The end of a log, for a message."""
     log = [plain(line) for line in terminal.lines()[-lines:]]
@@ -263,26 +295,30 @@ class TerminalMagics(Magics):
     @argument("name", help="what to call it, for %%tail, %%stop and %%kill")
     @argument("--ready", default=READY, help="regular expression for the line that says: ready")
     @argument("--timeout", type=float, default=30, help="seconds to wait for that line (default: 30)")
+    @argument("--lines", type=int, default=SHOWN, help=f"how many lines of the log to show (default: {SHOWN})")
     @cell_magic
     def terminal(self, line: str, cell: str) -> None:
         """Run the cell's shell command in the background, and follow its log below the cell.
 
         The cell ends when the command says that it is ready, or has finished. If it dies before, or is not ready
-        in time, the cell fails and shows the end of the log. Running the cell again replaces the command.
+        in time, the cell fails and shows the end of the log. Running the cell again replaces the command. The pane
+        may be a short one, with `--lines`; `%tail` prints every line.
         """
         options = parse_argstring(self.terminal, line)
         if not re.search(r"^\s*[^#\s]", cell, re.MULTILINE):
             raise ClassroomError(f"There is no command for {options.name!r}: write one below the first line.")
+        if not 1 <= options.lines <= SHOWN:
+            raise ClassroomError(f"--lines takes a whole number from 1 to {SHOWN}, not {options.lines}.")
         if options.name in self.terminals and self.terminals[options.name].running:
             self._end([self.terminals[options.name]], b"t", 30)
             print(f"{options.name} was running, and was stopped first.")
         try:
-            ready = re.compile(options.ready.strip("\"'"))
+            ready = re.compile(_unquoted(options.ready))
         except re.error as error:
             raise ClassroomError(f"--ready takes a regular expression, and this is none: {error}.") from None
         try:
             with _uninterrupted():
-                terminal = self.terminals[options.name] = Terminal(options.name, cell, ready)
+                terminal = self.terminals[options.name] = Terminal(options.name, cell, ready, options.lines)
             over = terminal.wait(lambda: terminal.ready_at is not None or not terminal.running, options.timeout)
         except KeyboardInterrupt:
             self._end([terminal], b"k", 10)
@@ -298,26 +334,57 @@ class TerminalMagics(Magics):
     @magic_arguments()
     @argument("name", help="which terminal")
     @argument("--task", help="a task's id: wait for its end, and print the lines about it only")
-    @argument("--timeout", type=float, default=15, help="seconds to wait for that end (default: 15)")
+    @argument("--until", metavar="TEXT", help="wait for a text, and print the new lines up to it")
+    @argument("--times", type=int, default=1, help="in how many lines that text has to appear (default: 1)")
+    @argument("--timeout", type=float, help="seconds to wait (default: 15 for a task, 20 for a text)")
     @line_magic
     def tail(self, line: str) -> None:
         """Print what the log has gained since the last look."""
         options = parse_argstring(self.tail, line)
         [terminal] = self._named([options.name])
-        if options.task is None:
-            start, terminal.seen = terminal.seen, terminal.count
-            print("\n".join(plain(line) for line in terminal.lines(start, terminal.seen)) or "(nothing new)")
+        if options.task and options.until:
+            raise ClassroomError("%tail waits for a task's end (--task) or for a text (--until), not for both.")
+        if options.task:
+            self._tail_task(terminal, options.task, 15 if options.timeout is None else options.timeout)
             return
+        if options.until:
+            seconds = 20 if options.timeout is None else options.timeout
+            new = self.follow(options.name, _unquoted(options.until), options.times, seconds)
+        else:
+            start, terminal.seen = terminal.seen, terminal.count
+            new = [plain(line) for line in terminal.lines(start, terminal.seen)]
+        print("\n".join(new) or "(nothing new)")
 
-        def about() -> list[str]:
-            # a log format may shorten ids to their first eight characters, as the course's own does
-            names = (options.task, f"[{options.task:.8}]")
-            return [text for text in map(plain, terminal.lines()) if any(name in text for name in names)]
+    def _tail_task(self, terminal: Terminal, task: str, timeout: float) -> None:
+        # a log format may shorten ids to their first eight characters, as the course's own does
+        names = (task, f"[{task:.8}]")
 
-        ended = terminal.wait(lambda: any(re.search(DONE, text) for text in about()), options.timeout)
-        print("\n".join(about()) or "(nothing about this task)")
+        def about(line: str) -> bool:
+            return any(name in line for name in names)
+
+        ended, _ = terminal.find(lambda line: about(line) and re.search(DONE, line), 0, 1, timeout)
+        lines = filter(about, map(plain, terminal.lines()))
+        print("\n".join(lines) or "(nothing about this task)")
         if not ended:
-            raise ClassroomError(f"{options.name} has not said within {options.timeout:g} s that this task is over.")
+            when = f"within {timeout:g} s" if terminal.running else f"before it ended ({terminal.state})"
+            raise ClassroomError(f"{terminal.name} has not said {when} that this task is over.")
+
+    def follow(self, name: str, text: str | re.Pattern[str], times: int, seconds: float) -> list[str]:
+        """What `follow_log` does, and `%tail --until`; see there."""
+        [terminal] = self._named([name])
+        if type(times) is not int or times < 1:
+            raise ClassroomError(f"A text can be waited for in 1 line or more, not in {times!r}.")
+        if not text or not isinstance(text, str | re.Pattern):
+            raise ClassroomError(f"Wait for a text, such as 'ready.', or a compiled regular expression, not {text!r}.")
+        pattern = text if isinstance(text, re.Pattern) else re.compile(re.escape(text))
+        start = terminal.seen
+        found, end = terminal.find(pattern.search, start, times, seconds)
+        if found < times:
+            wanted = f"{pattern.pattern if text is pattern else text!r} is in {found} of its {end - start} new lines"
+            why = f"after {seconds:g} s" if terminal.running else f"and it is not running ({terminal.state})"
+            raise ClassroomError(f"{name}: {wanted}, not in {times}, {why}.{_last(terminal)}")
+        terminal.seen = end
+        return [plain(line) for line in terminal.lines(start, end)]
 
     @magic_arguments()
     @argument("names", nargs="*", help="which terminals; all that run in this notebook if none is named")

@@ -220,6 +220,82 @@ def test_a_task_that_does_not_end_is_said_so(kernel, mark):
     kernel.text("%stop one")
 
 
+SLOW = """%%terminal one
+echo ' ready.'
+for n in 1 2 3; do sleep 0.2; echo "line $n [done]"; echo between; done
+sleep 600 # {mark}"""
+
+
+def test_a_log_is_followed_up_to_the_line_that_was_waited_for(kernel, mark):
+    kernel.run("from course_tasks.classroom import follow_log\nimport re")
+    kernel.run(SLOW.replace("{mark}", mark))
+    assert kernel.text("print(follow_log('one', '[done]', times=2))") == (
+        "['line 1 [done]', 'between', 'line 2 [done]']\n"
+    )
+    assert kernel.text('%tail one --until "3 [done]"') == "between\nline 3 [done]\n"
+    assert kernel.text("print(follow_log('one', re.compile('b.*n$')))") == "['between']\n"
+    error = kernel.error("follow_log('one', 'between', times=2, seconds=0.3)")
+    assert error.startswith("one: 'between' is in 0 of its 0 new lines, not in 2, after 0.3 s.\nIts last lines:\n")
+    assert error.endswith("line 3 [done]\nbetween")
+    kernel.run("%stop one")
+
+
+def test_a_log_that_ends_is_not_waited_for(kernel):
+    kernel.run("%%terminal one\necho ' ready.'\nread line < /dev/null || true")
+    start = time.monotonic()
+    error = kernel.error("%tail one --until never --timeout 600")
+    assert "'never' is in 0 of its " in error and "and it is not running (finished)." in error
+    assert "ended (finished)" in kernel.error("%tail one --task 123 --timeout 600")
+    assert time.monotonic() - start < 300, "nobody waits for what can't come"
+
+
+@pytest.mark.parametrize(
+    "code, message",
+    [
+        ("follow_log('two', 'text')", "There is no terminal called 'two'"),
+        ("follow_log('one', '')", "Wait for a text, such as 'ready.', or a compiled regular expression, not ''."),
+        ("follow_log('one', 5)", "or a compiled regular expression, not 5."),
+        ("%tail one --until text --times 0", "A text can be waited for in 1 line or more, not in 0."),
+        ("%tail one --until text --task 123", "not for both."),
+        ("%%terminal one --lines 0\necho", "--lines takes a whole number from 1 to 300, not 0."),
+        ("%%terminal one --lines 301\necho", "--lines takes a whole number from 1 to 300, not 301."),
+    ],
+)
+def test_a_wrong_wish_has_one_clear_line(kernel, code, message):
+    kernel.run("from course_tasks.classroom import follow_log")
+    kernel.run("%%terminal one\necho ' ready.'")
+    assert message in kernel.error(code)
+
+
+def test_a_short_pane_shows_the_last_lines_and_tail_has_all_of_them(kernel, mark):
+    script = f"for n in 1 2 3 4; do echo line $n; done; echo ' ready.'; echo more; sleep 600 # {mark}"
+    [pane] = kernel.run(f"%%terminal one --lines 2\n{script}")
+    assert pane["data"]["text/plain"].splitlines() == ["one: running", f"$ {script}", "line 4", " ready."]
+    assert "line 4" in pane["data"]["text/html"] and "line 3\n" not in pane["data"]["text/html"]
+    kernel.run("%tail one --until more")
+    kernel.run("%stop one")
+    assert kernel.updated("one: stopped")
+    assert kernel.updates[-1].splitlines()[2:] == [" ready.", "more"], "the live pane is short too"
+    again = kernel.run(f"%%terminal one\n{script}")
+    assert "line 1" in again[0]["data"]["text/plain"]
+    kernel.run("%kill one")
+    [output] = kernel.run("%%terminal one --lines few\necho")
+    assert output["text"].startswith("UsageError: ") and output["text"].count("\n") == 1
+
+
+def test_a_task_is_looked_for_in_each_line_once(kernel, mark):
+    """With 20,000 lines in the log, looking through all of it at each new line would take the reader's time."""
+    kernel.run("from course_tasks.classroom import terminal")
+    flood = "print(' ready.', flush=True); input() if 0 else None; [print('line', n) for n in range(20000)]"
+    last = f"import time; [print('task[12345678] line', n, flush=True) for n in range(3000)]; time.sleep(600); {mark!r}"
+    kernel.run(f'%%terminal one\npython -c "{flood}; {last}"')
+    start = psutil.Process(kernel.manager.provisioner.process.pid).cpu_times().user
+    kernel.run("%tail one --task 12345678 --timeout 5")
+    used = psutil.Process(kernel.manager.provisioner.process.pid).cpu_times().user - start
+    assert used < 3
+    kernel.run("%kill one")
+
+
 def test_a_warm_stop_that_takes_too_long_is_said_so_and_kill_helps(kernel, mark):
     kernel.run(cell(mark, script=DEAF))
     assert "%kill one" in kernel.error("%stop one --timeout 0.5")

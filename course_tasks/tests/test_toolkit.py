@@ -1,0 +1,130 @@
+"""The toolkit, with real servers and workers: what it returns, and the one line for each thing that fails."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from celery import Celery
+
+from course_tasks.classroom import ClassroomError, Spans, ask_worker, collect, follow_log, memory, run_tasks, wait_until
+from course_tasks.tests.plugin import free_ports
+from course_tasks.tests.test_live import addressed, working
+
+
+@pytest.fixture(scope="module")
+def client():
+    """A client, with a worker of two threads in a database of their own on the pair."""
+    url = f"{os.environ['CELERY_BROKER_URL'].rpartition('/')[0]}/8"
+    with addressed(url), working(8, "--pool=threads", "-c", "2", "--without-mingle", node="w1@%h"):
+        client = Celery(set_as_current=False)
+        yield client
+        client.pool.force_close_all()
+        client.backend.result_consumer.stop()
+        client.backend.client.connection_pool.disconnect()
+
+
+@contextlib.contextmanager
+def one_line(*parts: str):
+    """The block raises a ClassroomError of one line, which has these parts."""
+    with pytest.raises(ClassroomError) as raised:
+        yield
+    assert "\n" not in str(raised.value)
+    assert [part for part in parts if part not in str(raised.value)] == [], str(raised.value)
+
+
+def test_wait_until_returns_what_the_condition_found():
+    looks = iter([0, None, [], "found"])
+    assert wait_until(lambda: next(looks)) == "found"
+
+
+def test_wait_until_says_what_it_waited_for_and_passes_errors_on():
+    with one_line("Waited 0.1 s for the second worker, but it didn't happen."):
+        wait_until(lambda: False, seconds=0.1, what="the second worker")
+    with pytest.raises(ZeroDivisionError):
+        wait_until(lambda: 1 / 0)
+
+
+def test_run_tasks_returns_spans_that_know_what_they_say(client):
+    spans = run_tasks(client, "wait", args=(0.3,), count=4)
+    assert isinstance(spans, Spans) and len(spans) == 4 and repr(spans) == repr(list(spans))
+    assert (spans.slots, spans.at_once) == (2, 2)
+    assert spans.wall > 0.59 and 0 < spans.speedup < 2.02
+    assert spans.speedup * (spans.wall + 1e-9) == pytest.approx(4 * 0.3)
+
+
+def test_collect_keeps_the_order_of_the_results(client):
+    results = [client.send_task("wait", args=(seconds,)) for seconds in (0.3, 0.1, 0.2)]
+    assert [span["seconds"] for span in collect(results)] == [0.3, 0.1, 0.2]
+
+
+def test_tasks_that_bring_no_spans_have_one_clear_line(client):
+    with one_line("Task ", "returned 9, not who ran it and when. Send wait or compute"):
+        run_tasks(client, "add", args=(4, 5))
+    with one_line("ended as FAILURE (ZeroDivisionError: ", "%tail"):
+        run_tasks(client, "divide", args=(1, 0))
+    with one_line("ended as FAILURE (NotRegistered: "):
+        run_tasks(client, "no-such-task")
+    with one_line("Only 0 of 2 tasks were done after 0.2 s.", "Is a worker running that takes queue 'nobody'?"):
+        run_tasks(client, "wait", args=(0.1,), count=2, queue="nobody", timeout=0.2)
+    with one_line("Only 0 of 1 tasks", "their queue"):
+        collect([client.send_task("wait", args=(0.1,), queue="nobody")], timeout=0.2)
+    with one_line("count is how many tasks to send, 1 or more, not 0."):
+        run_tasks(client, "wait", args=(0.1,), count=0)
+    with one_line("nothing to collect"):
+        collect([])
+
+
+def test_servers_that_are_away_have_one_clear_line():
+    with addressed(f"redis://localhost:{next(free_ports())}/0"):
+        away = Celery(set_as_current=False)
+        with one_line("The broker or the backend doesn't answer", "%servers"):
+            run_tasks(away, "wait", args=(0.1,))
+        with one_line("The broker or the backend doesn't answer", "%servers"):
+            ask_worker(away, "w1", seconds=1)
+
+
+def test_a_worker_answers_by_its_short_or_full_name(client):
+    assert ask_worker(client, "w1")["pool"]["max-concurrency"] == 2
+    assert ask_worker(client, f"w1@{socket.gethostname()}", "active") == [], "an empty answer is one too"
+    assert "add" in ask_worker(client, "w1", "registered")
+
+
+def test_a_worker_that_starts_later_is_asked_until_it_answers(client):
+    with contextlib.ExitStack() as stack:
+        code = f"from course_tasks.classroom import ask_worker; from celery import Celery; {LATE}"
+        asking = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert asking.stdout.readline() == "asking\n"
+        stack.enter_context(working(8, "--pool=solo", "-Q", "late", "--without-mingle", node="late@%h"))
+        assert asking.communicate(timeout=60)[0] == "solo\n"
+
+
+LATE = "print('asking', flush=True); print(ask_worker(Celery(), 'late', seconds=60)['pool']['implementation'][-13:-9])"
+
+
+def test_a_worker_that_does_not_answer_and_a_wrong_question_have_one_clear_line(client):
+    with one_line(f"No worker called w9@{socket.gethostname()} answers within 0.3 s. Is it running?", "solo"):
+        ask_worker(client, "w9", seconds=0.3)
+    with one_line("A worker has no answer to 'shutdown'. You can ask for stats, active"):
+        ask_worker(client, "w1", "shutdown")
+
+
+def test_memory_is_the_processs_own_in_megabytes():
+    grown = "held = b'x' * 100_000_000"
+    sizes = []
+    for code in ("pass", grown):
+        code += "; print(flush=True); input()"
+        with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            process.stdout.readline()
+            sizes.append(memory(process.pid))
+            process.communicate(b"\n")
+    assert 95 < sizes[1] - sizes[0] < 105
+    with one_line(f"There is no process {process.pid}. Has it ended?"):
+        memory(process.pid)
+
+
+def test_without_a_notebook_it_says_so():
+    with one_line("follow_log follows a notebook's terminal cells. Run the notebook's first cell first."):
+        follow_log("one", "text")
