@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from IPython import get_ipython
 from IPython.display import display
+from kombu.transport.redis import PRIORITY_STEPS, Channel
 from redis import Redis
 from redis.exceptions import AuthenticationError, ConnectionError, RedisError, TimeoutError
 
@@ -22,8 +23,8 @@ TIMEOUT = 1.0  # seconds until a broker that is silent counts as away
 HISTORY = 30  # seconds of it in the pane, one block each
 ATTRIBUTED = 1000  # with more unacknowledged messages than that, their queues are not looked up
 BLOCKS = " ▁▂▃▄▅▆▇█"
-# How kombu names the lists of a queue whose messages have priorities (its defaults for `sep` and `priority_steps`)
-PRIORITIES = ["", *(f"\x06\x16{step}" for step in (3, 6, 9))]
+# What kombu adds to a queue's name for the lists of its messages that have priorities; nothing for the first one
+PRIORITIES = [f"{Channel.sep}{step}" if step else "" for step in PRIORITY_STEPS]
 
 _showing: dict = {}  # what is shown, by cell and by content; a view that takes the place of another stops it
 

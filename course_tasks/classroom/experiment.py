@@ -10,7 +10,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import ipywidgets as widgets
@@ -25,8 +25,8 @@ from course_tasks.classroom.broker_view import PRIORITIES
 from course_tasks.classroom.errors import ClassroomError
 from course_tasks.classroom.gantt import Gantt
 from course_tasks.classroom.terminal import READY, Terminal, plain
+from course_tasks.classroom.toolkit import Spans
 from course_tasks.servers import VARIABLES
-from course_tasks.spans import Span, slots, speedup, wall
 
 CHOICES = {"pool": ("solo", "prefork", "threads", "gevent", "eventlet"), "kind": ("wait", "compute")}
 LIMITS = {"concurrency": (1, 50), "tasks": (1, 100), "seconds": (0.05, 5)}
@@ -57,11 +57,11 @@ class Run:
     kind: str
     seconds: float
     command: str
-    spans: Sequence[Span] = field(repr=False)
+    spans: Spans = field(repr=False)
 
-    wall = property(lambda self: wall(self.spans), doc="Seconds from the first start to the last end.")
-    speedup = property(lambda self: speedup(self.spans), doc="How many times as fast as on one idle slot.")
-    slots = property(lambda self: len(slots(self.spans)), doc="How many slots had a task.")
+    wall = property(lambda self: self.spans.wall, doc="Seconds from the first start to the last end.")
+    speedup = property(lambda self: self.spans.speedup, doc="How many times as fast as on one idle slot.")
+    slots = property(lambda self: self.spans.slots, doc="How many slots had a task.")
 
     def _chart(self) -> Gantt:
         return Gantt({f"{self.pool}, -c {self.concurrency}, {self.kind} {self.seconds:g} s": self.spans})
@@ -128,7 +128,7 @@ def measure(settings: dict, begun: Callable[[str], None], done: Callable[[int], 
                     raise ClassroomError(f"A task ended with {meta['status']}: {meta['result']!r}")
                 spans.append(meta["result"])
                 done(len(spans))
-        return Run(**settings, command=command, spans=sorted(spans, key=lambda span: span["start"]))
+        return Run(**settings, command=command, spans=Spans(sorted(spans, key=lambda span: span["start"])))
     except ClassroomError:
         raise
     except Exception as error:  # of redis, kombu, celery or the system: whatever a server does that goes away

@@ -6,15 +6,15 @@ import itertools
 import re
 import threading
 import time
-from dataclasses import dataclass
 from datetime import datetime
 from operator import itemgetter
 
 from celery import Celery, states
 from celery.signals import after_task_publish
 
-from course_tasks.classroom.drawing import AXIS, WIDTH, axis, framed, image
+from course_tasks.classroom.drawing import image
 from course_tasks.classroom.errors import ClassroomError
+from course_tasks.classroom.journey_picture import Step, bars_of, drawn
 
 WAIT = 5.0  # seconds that the end of the block waits for the task's last event
 ANSWER = 1.5  # seconds in which workers have to answer; one that is busy in the solo pool can't
@@ -23,15 +23,6 @@ LEAVE = 1.0  # seconds in which it has to end; it looks ten times a second wheth
 WHEN = itemgetter("timestamp")
 RETRY = re.compile(r"^Retry\(Retry\(\.\.\.\), (.*), [^,]*\)$")  # an event's text around a task's own error
 FINAL = {"succeeded", "failed", "revoked", "rejected"}
-
-
-@dataclass
-class Step:
-    """Something that happened to the task: what, when (seconds since the Epoch) and where (a worker's node name)."""
-
-    what: str
-    when: float
-    where: str = ""
 
 
 class Journey:
@@ -114,7 +105,8 @@ class Journey:
         if self._note:
             text += f"\n{self._note}"
         alt = "; ".join(re.sub(r"^\+\S+ s +(\S+) +", r"\1 ", line) for line in self._lines())
-        picture = image(f"The way of task {self._sent[0]['name']}: {alt}", self._svg())
+        bars = bars_of(self._steps, None if self._ended() else self._end, self._stored)
+        picture = image(f"The way of task {self._sent[0]['name']}: {alt}", drawn(bars))
         words = f'<pre style="font-size:var(--jp-code-font-size);white-space:pre-wrap">{html.escape(text)}</pre>'
         return {"text/plain": text, "text/html": picture + words}
 
@@ -259,70 +251,5 @@ class Journey:
             return f"Whether a worker has taken it is not known: {error}"
         return f"It is not in queue {sent['queue']!r} any more, but no worker has told of it."
 
-    # what is shown
-
     def _lines(self) -> list[str]:
         return [f"{step.when:+.3f} s  {step.what:<9}  {step.where}" for step in self._steps]
-
-    def _bars(self) -> list[tuple[str, float, float, str, str]]:
-        """The picture's bars: row, from, to (seconds), label and class."""
-        bars = [("client", 0.0, 0.0, "sent", "bar")]
-        row, since = "broker", 0.0  # where the task is, and since when
-
-        def leave(when: float, label: str, kind: str = "wait") -> None:
-            bars.append((row, min(since, when), when, f"{label} {when - since:.3f} s", kind))
-
-        for what, when in [(step.what, step.when) for step in self._steps[1:]]:
-            if what in ("received", "started"):
-                leave(when, "waits")
-                row = "held" if what == "received" else "runs"
-            else:
-                bad = "bar" if what == "succeeded" else "bad"
-                if row == "runs":
-                    leave(when, f"{what}, ran", bad)
-                else:
-                    leave(when, "waits")
-                    bars.append(("runs", when, when, what, bad))
-                row = "broker" if what in ("retried", "rejected") else "runs"
-            since = when
-        if not self._ended():
-            end = max(self._end, since + 0.001)  # with no worker, nothing is waited for
-            leave(end, *("has run for", "bar") if row == "runs" else ("has waited for", "wait"))
-        if self._stored:
-            bars.append(("backend", since, since, "stored", "bar"))
-        return bars
-
-    def _svg(self) -> str:
-        """The picture: a lane for each place, time to the right, a bar for each stay, a line for each move."""
-        bars, left, right, tall = self._bars(), 110, WIDTH - 20, 46
-        span = max(end for _, _, end, _, _ in bars) or 0.001
-        rows = {"client": 0, "broker": tall, "held": 2 * tall, "runs": 3 * tall, "backend": 4 * tall}
-        lanes = [("client", 1), ("broker", 1), ("worker", 2)] + [("backend", 1)] * self._stored
-        drawn, bottom = [], 0
-        for number, (name, height) in enumerate(lanes):
-            if number % 2 == 0:
-                drawn.append(f'<rect class="row" y="{bottom}" width="{WIDTH}" height="{height * tall}"/>')
-            drawn.append(f'<text class="name" x="10" y="{bottom + height * tall / 2 + 5}">{name}</text>')
-            bottom += height * tall
-
-        scale = (right - 8 - left) / span
-
-        def x(when: float) -> float:
-            return left + when * scale
-
-        drawn += axis(span, scale, bottom, left, top=0)
-        for (before, *_), (row, start, *_) in itertools.pairwise(bars):
-            down = rows[before] < rows[row]
-            ends = rows[before] + (40 if down else 22), rows[row] + (22 if down else 40)
-            drawn.append(f'<path class="move" d="M{x(start) + 2:.1f} {ends[0]}V{ends[1]}"/>')
-        taken: list[tuple[str, float, float]] = []
-        for row, start, end, label, kind in sorted(bars, key=lambda bar: bar[1] - bar[2]):  # the longest first
-            at, top, wide = x(start), rows[row], max(x(end) - x(start), 6)
-            drawn.append(f'<rect class="{kind}" x="{at:.1f}" y="{top + 22}" width="{wide:.1f}" height="18" rx="3"/>')
-            words = at + 9 if at + 9 + 7 * len(label) < right else at - 4 - 7 * len(label)
-            extent = (words, words + 7 * len(label))
-            # a label with no room is in the text below only
-            if not any(lane == row and extent[0] < to and since < extent[1] for lane, since, to in taken):
-                drawn.append(f'<text x="{words:.1f}" y="{top + 17}">{label}</text>')
-                taken.append((row, *extent))
-        return framed(drawn, bottom + AXIS)

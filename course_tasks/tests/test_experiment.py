@@ -18,7 +18,7 @@ from celery import Celery
 from redis import Redis
 
 from course_tasks.authoring import kernels, record
-from course_tasks.classroom.errors import ClassroomError
+from course_tasks.classroom import ClassroomError, Spans
 from course_tasks.classroom.experiment import GOING, HERE, PIDBOX, Experiment, Run
 from course_tasks.install import ROOT
 from course_tasks.tests.plugin import free_ports, processes, until
@@ -83,7 +83,7 @@ def test_a_run_in_every_pool_tells_what_its_tasks_did_and_leaves_nothing(clean, 
 def test_the_speed_up_is_that_of_the_wall_time_beside_it():
     """Four that compute on two processors: each is delayed half the time, and this is the limit to be seen."""
     span = {"thread": "MainThread", "start": 0, "end": 2, "delayed": 1, "seconds": 1}
-    run = Run("prefork", 4, 4, "compute", 1, "", [span | {"pid": pid} for pid in range(4)])
+    run = Run("prefork", 4, 4, "compute", 1, "", Spans(span | {"pid": pid} for pid in range(4)))
     assert (run.wall, run.speedup, run.slots) == (2, 2, 4)
     assert repr(run).endswith("4 tasks on 4 slots took 2.00 s, 2.0 x as fast as one by one")
 
@@ -97,7 +97,8 @@ def test_the_last_runs_are_shown_side_by_side_with_a_picture_and_a_table(clean, 
     experiment = Experiment()
     span = {"pid": 7, "thread": "MainThread", "start": 0, "end": 2, "delayed": 0, "seconds": 1}
     monkeypatch.setattr(
-        "course_tasks.classroom.experiment.measure", lambda settings, *_: Run(**settings, command="", spans=[span])
+        "course_tasks.classroom.experiment.measure",
+        lambda settings, *_: Run(**settings, command="", spans=Spans([span])),
     )
     for pool in ("prefork", "solo", "threads", "gevent", "solo"):
         experiment.run(pool=pool)
@@ -329,7 +330,7 @@ def test_nbval_finds_two_runs_alike_but_not_different_ones():
     def shown(pid: int, end: float, **changes) -> list:
         span = {"pid": pid, "thread": "MainThread", "start": 0, "end": end, "delayed": 0, "seconds": 0.2}
         settings = {"pool": "solo", "concurrency": 1, "tasks": 1, "kind": "wait", "seconds": 0.2} | changes
-        run = Run(**settings, command="", spans=[span] * settings["tasks"])
+        run = Run(**settings, command="", spans=Spans([span] * settings["tasks"]))
         return compared({"text/plain": repr(run), "text/html": run._repr_html_()})
 
     assert shown(7, 0.2) == shown(8, 0.3)
