@@ -64,7 +64,7 @@ EXERCISES = {
         kind=(list, tuple, set, dict),
         judge=_registered,
         wrong={
-            'answer = client.control.inspect([f"first@{socket.gethostname()}"], timeout=5, limit=1).registered()': (
+            f'answer = client.control.inspect(["first@{socket.gethostname()}"], limit=1).registered()': (
                 "Take the list of one node"
             ),
             "answer = sorted(client.tasks)": "Ask the worker",
