@@ -17,7 +17,7 @@ SEEN = {
 
 def _fast(answer: list) -> str | None:
     if not all(isinstance(value, dict) and value.keys() >= FIELDS for value in answer):
-        return "these are not what the tasks return. send collects that; a result has it after get()."
+        return "these are not what the tasks return. run_tasks collects that; a result has it after get()."
     if [value["seconds"] for value in answer] != [0.5] * 8:
         return f"these are {len(answer)} tasks of {sorted({value['seconds'] for value in answer})} s, not 8 of 0.5 s."
     if any(value["end"] - value["start"] < 0.49 for value in answer):  # the two clocks may differ a little
@@ -43,15 +43,17 @@ def _pool(answer: Callable) -> str | None:
     return None
 
 
+RUN = 'answer = run_tasks(client, "{}", args=({},), count=8, queue="{}")'
+
 EXERCISES = {
     "05-1": Exercise(
         kind=list,
         judge=_fast,
         wrong={
-            'answer = send("solo", "wait", 8, 0.5)': "on 1 slot.",
-            'answer = send("prefork", "wait", 8, 0.5)': "on 2 slots. Who",
-            'answer = send("gevent", "wait", 8, 0.1)': "8 tasks of [0.1] s",
-            'answer = send("gevent", "compute", 8, 0.5)': "on 1 slot. Who has more",
+            RUN.format("wait", 0.5, "solo"): "on 1 slot.",
+            RUN.format("wait", 0.5, "prefork"): "on 2 slots. Who",
+            RUN.format("wait", 0.1, "gevent"): "8 tasks of [0.1] s",
+            RUN.format("compute", 0.5, "gevent"): "on 1 slot. Who has more",
             'answer = [client.send_task("wait", args=(0.5,), queue="gevent") for _ in range(8)]\n'
             "for result in answer:\n"
             "    result.get(timeout=60)": ("not what the tasks return"),

@@ -48,7 +48,7 @@ EXERCISES = {
             SEND.format(3, "threads", "time_limit=1"): "it ran to its end",
             SEND.format(3, "prefork", "timelimit=1"): "returned 'finished'",
             SEND.format(9, "prefork", "")
-            + "\nuntil(lambda: answer.state == 'STARTED')\nanswer.revoke(terminate=True)": "you revoked it",
+            + "\nwait_until(lambda: answer.state == 'STARTED')\nanswer.revoke(terminate=True)": "you revoked it",
             SEND.format("'3'", "prefork", "time_limit=1"): "it failed for another reason",
         },
     ),

@@ -300,7 +300,7 @@ def test_a_task_is_looked_for_in_each_line_once(kernel, mark):
     assert printed["text"].count("task[12345678]") >= 50
     [looks] = [output for output in kernel.run("len(looks)") if "data" in output]
     assert int(looks["data"]["text/plain"]) < 2000, (
-        "there are 500 lines: each is looked at once, and once more when it is printed"
+        "500 lines, each looked at once, and once more to print it"
     )
     kernel.run("%kill one")
 
