@@ -1,7 +1,7 @@
 """`Gantt`: when each task ran, and on which slot of its worker, as a picture and in a line of text."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from course_tasks.classroom.drawing import AXIS, LEFT, RIGHT, ROW, TITLE, WIDTH, axis, framed, image
 from course_tasks.classroom.errors import ClassroomError
@@ -21,7 +21,7 @@ class Gantt:
         ClassroomError: a panel has no tasks, or something else than what these tasks return.
     """
 
-    def __init__(self, panels: dict[str, Sequence[Span]], columns: int = 1):
+    def __init__(self, panels: Mapping[str, Sequence[Span]], columns: int = 1):
         for title, spans in panels.items():
             if not spans or not all(isinstance(span, dict) and span.keys() >= FIELDS for span in spans):
                 raise ClassroomError(f"Gantt takes lists of what wait and compute return. {title!r} is no such list.")

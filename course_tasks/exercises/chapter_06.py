@@ -20,7 +20,7 @@ def _rounds(answer: Callable) -> str | None:
 
 def _three(answer: list) -> str | None:
     if not all(isinstance(value, dict) and value.keys() >= FIELDS for value in answer):
-        return "these are not what the tasks return. send collects that; a result has it after get()."
+        return "these are not what the tasks return. run_tasks collects that; a result has it after get()."
     if [value["seconds"] for value in answer] != [SECONDS] * TASKS:
         asked = sorted({value["seconds"] for value in answer})
         return f"these are {len(answer)} tasks of {asked} s, not {TASKS} of {SECONDS} s."
@@ -29,8 +29,10 @@ def _three(answer: list) -> str | None:
     number, fewest = len(slots(answer)), math.ceil(TASKS / ROUNDS)
     if (took := math.ceil(TASKS / number)) != ROUNDS:
         return f"{TASKS} tasks on {number} slot{'s' * (number > 1)} took {took} rounds. Which slots make it {ROUNDS}?"
-    return f"that were {ROUNDS} rounds, but on {number} slots. Fewer would do." if number > fewest else None
+    return f"they took {ROUNDS} rounds, but on {number} slots. Fewer would do." if number > fewest else None
 
+
+RUN = 'answer = run_tasks(client, "wait", args=(0.3,), count={}, queue="{}")'
 
 EXERCISES = {
     "06-1": Exercise(
@@ -49,9 +51,9 @@ EXERCISES = {
         kind=list,
         judge=_three,
         wrong={
-            'answer = send("prefork", "wait", 24, 0.3)': "on 3 slots took 8 rounds",
-            'answer = send("gevent", "wait", 24, 0.3)': "on 10 slots. Fewer",
-            'answer = send("threads", "wait", 8, 0.3)': "these are 8 tasks",
+            RUN.format(24, "prefork"): "on 3 slots took 8 rounds",
+            RUN.format(24, "gevent"): "on 10 slots. Fewer",
+            RUN.format(8, "threads"): "these are 8 tasks",
             'answer = [client.send_task("wait", args=(0.3,), queue="threads") for _ in range(24)]\n'
             "for result in answer:\n"
             "    result.get(timeout=60)": "not what the tasks return",
