@@ -17,7 +17,7 @@ COUNTED = {"ada-7": 3, "ben-8": 1, "90ab": 1}
 
 def _eve(answer: list) -> str | None:
     if not all(isinstance(line, str) for line in answer):
-        return "these are not lines of the log. follow returns those."
+        return "these are not lines of the log. follow_log returns those."
     if others := [line for line in answer if " eve-9] " not in line]:
         return f"this line is not of eve-9: {others[0]}"
     if not answer:
@@ -44,17 +44,17 @@ EXERCISES = {
         kind=list,
         judge=_eve,
         wrong={
-            'request("eve-9", 20)\nlines = follow("shop", " succeeded in ", times=6)\n'
+            'request("eve-9", 20)\nlines = follow_log("shop", " succeeded in ", times=6)\n'
             'answer = [line for line in lines if " eve-9] " in line and "order[" in line]': "1 of her tasks are over",
             'client.send_task("order", args=(20,), queue="shop")\n'
-            'answer = [line for line in follow("shop", " succeeded in ", times=6) if " eve-9] " in line]': (
+            'answer = [line for line in follow_log("shop", " succeeded in ", times=6) if " eve-9] " in line]': (
                 "there is no line of eve-9"
             ),
-            'request("eve-9", 20)\nrequest("ada-7", 20)\nanswer = follow("shop", " succeeded in ", times=12)': (
+            'request("eve-9", 20)\nrequest("ada-7", 20)\nanswer = follow_log("shop", " succeeded in ", times=12)': (
                 "this line is not of eve-9"
             ),
             'request("eve-9", 200)\n'
-            'answer = [line for line in follow("shop", " succeeded in ", times=6) if " eve-9] " in line]': (
+            'answer = [line for line in follow_log("shop", " succeeded in ", times=6) if " eve-9] " in line]': (
                 "more than 20"
             ),
         },
