@@ -55,7 +55,7 @@ EXERCISES = {
             'answer = ("charge", "LookupError")': "charge succeeded",
             'answer = ("reserve", "ChordError")': "what became of the chord",
             'answer = ("reserve", "no lamp left")': "did not raise 'no lamp left'",
-            'answer = [line for line in follow("eve-9") if " ERROR " in line]': "the shop has no task",
+            'answer = [line for line in grep("eve-9") if " ERROR " in line]': "the shop has no task",
         },
     ),
     "07d-2": Exercise(
