@@ -124,7 +124,8 @@ class BrokerView:
                 for queue in self.queues:
                     for priority in PRIORITIES:
                         pipe.llen(queue + priority)
-                *lengths, total = pipe.hlen("unacked").execute()
+                pipe.hlen("unacked")
+                *lengths, total = pipe.execute()
             steps = len(PRIORITIES)
             waiting = {queue: sum(lengths[at * steps : (at + 1) * steps]) for at, queue in enumerate(self.queues)}
             return Counts(waiting, self._attributed() if total <= ATTRIBUTED else None, total)
@@ -138,7 +139,7 @@ class BrokerView:
     def _attributed(self) -> dict[str, int] | None:
         """The unacknowledged messages by routing key; each message is read once. None: these are not kombu's."""
         try:
-            tags = self._server.hkeys("unacked")
+            tags = list(map(str, self._server.hkeys("unacked")))
             if new := [tag for tag in tags if tag not in self._tags]:
                 for tag, value in zip(new, self._server.hmget("unacked", new), strict=True):
                     if value is not None:  # None: acknowledged in the meantime
@@ -168,8 +169,8 @@ class BrokerView:
             lines.append(f"{elsewhere} unacked elsewhere in this broker's database")
         title = f"broker {self.place}"
         rows = [html.escape(line) for line in lines]
-        for at, past in enumerate(pasts):
-            rows[at] += f'   <span aria-hidden="true" style="color:#8ab8ff">{past}</span>'
+        for at, drawn in enumerate(pasts):
+            rows[at] += f'   <span aria-hidden="true" style="color:#8ab8ff">{drawn}</span>'
         blocks = f" (blocks: waiting in the last {HISTORY} s)"
         heading = f'{html.escape(title)}<span aria-hidden="true" style="font-weight:normal">{blocks}</span>'
         about, style = f"messages in {', '.join(self.queues)}", "line-height:1.5;white-space:pre-wrap"

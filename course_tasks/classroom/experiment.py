@@ -295,7 +295,7 @@ class Experiment:
 
     def _late(self) -> bool:
         """Whether the click had to wait for the end of a cell, in which the last run was."""
-        parent = getattr(getattr(get_ipython(), "kernel", None), "get_parent", dict)()
+        parent: dict = getattr(getattr(get_ipython(), "kernel", None), "get_parent", dict)()
         header = parent.get("header", {})
         return header.get("msg_type") == "comm_msg" and header["date"].timestamp() < self._ended
 

@@ -161,7 +161,8 @@ class Journey:
             mailbox = self._client.control.mailbox(connection)
             self._answers = mailbox.reply_queue.name
             suffix = f".{mailbox.namespace}.pidbox"
-            answered, start, pause = set(), time.monotonic(), 0.05
+            answered: set[str] = set()
+            start, pause = time.monotonic(), 0.05
             while (passed := time.monotonic() - start) < ANSWER:
                 bound = {row[-1] for row in channel.get_table(f"{mailbox.namespace}.pidbox")}
                 missing = {name.removesuffix(suffix) for name in bound if name.endswith(suffix)} - answered

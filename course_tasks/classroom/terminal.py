@@ -82,6 +82,7 @@ class Terminal:
         return self.ordered or (f"ended with exit code {code}" if code else "finished")
 
     def _read(self) -> None:
+        assert self.process.stdout  # a pipe
         for raw in self.process.stdout:
             line = raw.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2]
             with self.changed:
@@ -135,6 +136,7 @@ class Terminal:
     def order(self, letter: bytes) -> None:
         """Ask the supervisor for a signal: b"t" for SIGTERM, b"k" for SIGKILL."""
         self.ordered = "killed" if letter == b"k" else "stopped"
+        assert self.process.stdin  # a pipe
         with contextlib.suppress(BrokenPipeError):  # it ended in the meantime
             os.write(self.process.stdin.fileno(), letter)  # with a buffer, closing it would fail, too
 
@@ -279,6 +281,7 @@ class TerminalMagics(Magics):
         running = [terminal for terminal in self.terminals.values() if terminal.running]
         for terminal in running:
             terminal.ordered = "stopped"
+            assert terminal.process.stdin  # a pipe
             terminal.process.stdin.close()
         for terminal in running:
             with contextlib.suppress(subprocess.TimeoutExpired):

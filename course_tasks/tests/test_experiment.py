@@ -329,7 +329,7 @@ def compared(data: dict) -> list:
 def test_nbval_finds_two_runs_alike_but_not_different_ones():
     def shown(pid: int, end: float, **changes) -> list:
         span = {"pid": pid, "thread": "MainThread", "start": 0, "end": end, "delayed": 0, "seconds": 0.2}
-        settings = {"pool": "solo", "concurrency": 1, "tasks": 1, "kind": "wait", "seconds": 0.2} | changes
+        settings: dict = {"pool": "solo", "concurrency": 1, "tasks": 1, "kind": "wait", "seconds": 0.2} | changes
         run = Run(**settings, command="", spans=Spans([span] * settings["tasks"]))
         return compared({"text/plain": repr(run), "text/html": run._repr_html_()})
 

@@ -43,7 +43,7 @@ class Kernel:
     def run(self, code: str, wait: bool = True) -> list[dict]:
         """The cell's outputs, live updates left out; with wait=False, its message id."""
         message = self.client.execute(code, stop_on_error=False)
-        outputs = []
+        outputs: list[dict] = []
         while wait:
             found = self.message()
             content, kind = found["content"], found["msg_type"]
@@ -299,9 +299,7 @@ def test_a_task_is_looked_for_in_each_line_once(kernel, mark):
     [printed, _] = kernel.run("%tail one --task 12345678 --timeout 2")
     assert printed["text"].count("task[12345678]") >= 50
     [looks] = [output for output in kernel.run("len(looks)") if "data" in output]
-    assert int(looks["data"]["text/plain"]) < 2000, (
-        "500 lines, each looked at once, and once more to print it"
-    )
+    assert int(looks["data"]["text/plain"]) < 2000, "500 lines, each looked at once, and once more to print it"
     kernel.run("%kill one")
 
 
