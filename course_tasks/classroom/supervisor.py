@@ -53,7 +53,8 @@ def main(command: str, group: bool) -> int:
         os.execv("/bin/sh", ["/bin/sh", "-e", "-c", command])
     os.close(starter)
     os.read(started, 1)  # before that, signals would find no process group, or be ignored
-    readers, deadline, status = [0, terminal, wake], None, None
+    readers, status = [0, terminal, wake], None
+    deadline: float | None = None
     while status is None:
         timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
         ready = select.select(readers, [], [], timeout)[0]

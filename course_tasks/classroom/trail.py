@@ -79,7 +79,8 @@ class Trail:
         self.id, self.steps = id, _steps(mine)
         if not self.steps:
             raise ClassroomError(
-                f"The lines with the id {id!r} mention neither a request that was answered nor a task that was received."
+                f"The lines with the id {id!r} mention neither a request that was answered nor a task "
+                "that was received."
             )
         self._begin = min(step.arrived for step in self.steps)
         # what is not over goes on to the last line
