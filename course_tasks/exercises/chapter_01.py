@@ -9,7 +9,7 @@ from collections.abc import Callable
 from celery import Celery
 from redis import Redis
 
-from course_tasks.exercises import Exercise, WrongAnswer, called
+from course_tasks.exercises import Exercise, Question, WrongAnswer, called
 
 
 def _reads_a_message(answer: Callable) -> str | None:
@@ -130,5 +130,48 @@ EXERCISES = {
             "answer = lambda broker, queue, taken: broker.lindex(queue, -1)": "still in the queue",
             'def answer(broker, queue, taken):\n    broker.lmove(queue, taken, "RIGHT", "LEFT")': "returned None",
         },
+    ),
+}
+
+QUIZ = {
+    "01-1": Question(
+        right="b",
+        wrong={
+            "a": "by default, an acknowledgement doesn't wait for the end of the task. It happens earlier.",
+            "c": (
+                "the message of a running task has no copy any more, because it was acknowledged just before the "
+                "task started."
+            ),
+            "d": (
+                "the queue is empty because the worker has taken the messages. Taking a message doesn't acknowledge "
+                "it yet."
+            ),
+        },
+    ),
+    "01-2": Question(
+        right="c",
+        wrong={
+            "a": "Base64 is an encoding and not encryption. `base64.b64decode` needs no key.",
+            "b": "look at the chapter's message once more. The body isn't the only place that describes the arguments.",
+            "d": "a message contains no code. The body holds what the task's function is called with.",
+        },
+    ),
+    "01-3": Question(
+        right="a",
+        wrong={
+            "b": "a worker waits like this for its broker. The client in the chapter did something else.",
+            "c": (
+                "a client keeps no messages for later. You get an `AsyncResult` when the broker has accepted the "
+                "message."
+            ),
+        },
+    ),
+    "01-4": Question(
+        right=("blue",),
+        wrong={
+            "red": "this message is at the left end, where `send_task` puts new messages.",
+            "green": "this message is in the middle, and workers take messages from one end of the list.",
+        },
+        otherwise="answer with one of the three names: red, green or blue.",
     ),
 }

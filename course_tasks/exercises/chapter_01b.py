@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from redis import Redis
 
-from course_tasks.exercises import Exercise, WrongAnswer, called
+from course_tasks.exercises import Exercise, Question, WrongAnswer, called
 
 
 class _Endless(Exception):
@@ -106,6 +106,52 @@ EXERCISES = {
             'answer = {"appendonly": "no", "maxmemory": "100mb", "maxmemory-policy": "noeviction"}': "knows nothing",
             'answer = {"appendonly": "yes", "maxmemory": 0, "maxmemory-policy": "noeviction"}': "no limit",
             'answer = {"appendonly": "yes", "maxmemory": "100mb"}': "maxmemory-policy is missing",
+        },
+    ),
+}
+
+QUIZ = {
+    "01b-1": Question(
+        right="c",
+        wrong={
+            "a": "the code hasn't run yet. A worker logs a task as `received` before it runs it.",
+            "b": "there is a result only after a worker has run the task, and then its log would mention the task.",
+            "d": "a worker that starts again with the same command reads the same queues as before.",
+        },
+    ),
+    "01b-2": Question(
+        right=("40", "forty", "40 tasks", "forty tasks"),
+        wrong={
+            "339": "the server doesn't take single messages out of a list. It drops whole keys.",
+            "0": "`mails` has a key of its own, and the server has dropped only one key.",
+            "300": "those tasks waited in the queue whose key was dropped.",
+            "340": "a dropped key takes the messages in it along.",
+        },
+        otherwise="answer with a number from 0 to 340. Remember how many keys a queue has.",
+    ),
+    "01b-3": Question(
+        right="a",
+        wrong={
+            "b": (
+                "`get` asks the backend, and the backend is running. A broker that starts again doesn't know what "
+                "it has lost."
+            ),
+            "c": "a worker stores `FAILURE` when a task has raised an exception. No worker has ever seen this task.",
+            "d": "`send_task` keeps no copy. Its work ends when the broker has accepted the message.",
+        },
+    ),
+    "01b-4": Question(
+        right="d",
+        wrong={
+            "a": "the memory limit and the policy hold for the whole server. Keys of all its databases may be dropped.",
+            "b": (
+                "a short queue is a key as well. The cache alone can fill the memory, and then the server may drop "
+                "that key."
+            ),
+            "c": (
+                "then the cache can't drop old entries any more. Once the memory is full, the server refuses new "
+                "entries."
+            ),
         },
     ),
 }

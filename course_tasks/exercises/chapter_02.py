@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from celery import Celery
 
-from course_tasks.exercises import Exercise, WrongAnswer, called
+from course_tasks.exercises import Exercise, Question, WrongAnswer, called
 
 
 def _time_to_live(answer: int) -> str | None:
@@ -75,6 +75,48 @@ EXERCISES = {
             ),
             "answer = lambda task_id: backend.get(task_id)": "for a result that is stored",
             'answer = json.loads(backend.get(f"celery-task-meta-{results[0].id}"))["result"]': "should be a function",
+        },
+    ),
+}
+
+QUIZ = {
+    "02-1": Question(
+        right="b",
+        wrong={
+            "a": "`succeeded` in the log means that the worker has run the task to its end.",
+            "c": "then this worker would not have received the task, and its log would not mention it.",
+            "d": "then `get` would raise `NotImplementedError` at once. It would not wait for ten seconds.",
+        },
+    ),
+    "02-2": Question(
+        right=("10", "ten", "10 minutes", "ten minutes", "10 min"),
+        wrong={
+            "60": "that is the client's setting, but the client doesn't store the result.",
+            "600": "`result_expires` is in seconds, and the question is about minutes.",
+            "3600": "that is the client's setting, and it is in seconds. The client doesn't store the result.",
+            "1440": "a day is only Celery's default. Both apps in this question have a setting of their own.",
+        },
+        otherwise="answer with a number of minutes. Ask yourself first which of the two programs stores the result.",
+    ),
+    "02-3": Question(
+        right="d",
+        wrong={
+            "a": (
+                "the worker `patient` did this because of one setting, and the course's app doesn't have that setting."
+            ),
+            "b": (
+                "the function of the task doesn't need the backend. The worker needs it, before and after it runs "
+                "the function."
+            ),
+            "c": "by default, the message was acknowledged just before the task started, so the broker has no copy.",
+        },
+    ),
+    "02-4": Question(
+        right="a",
+        wrong={
+            "b": "the client would have to know that there will be no result. All it knows is the name `notify`.",
+            "c": "the definition in the worker says that the result is ignored, so the worker stores nothing.",
+            "d": "the client can't know how the task is defined, so `send_task` has no reason to complain.",
         },
     ),
 }

@@ -8,7 +8,7 @@ from celery import Celery
 from celery.exceptions import TimeoutError
 from celery.result import AsyncResult
 
-from course_tasks.exercises import Exercise, WrongAnswer, called
+from course_tasks.exercises import Exercise, Question, WrongAnswer, called
 
 
 def _exception(answer: object) -> str | None:
@@ -124,6 +124,59 @@ EXERCISES = {
             'answer = [record["result"] for record in watch("count_to", 2) if record["status"] == "PROGRESS"]': (
                 "it counted to 2"
             ),
+        },
+    ),
+}
+
+QUIZ = {
+    "02b-1": Question(
+        right=(
+            "successful",
+            "successful()",
+            "result.successful",
+            "result.successful()",
+            "AsyncResult.successful",
+            "AsyncResult.successful()",
+            "task.successful",
+            "task.successful()",
+        ),
+        wrong={
+            "ready": "`ready()` is `True` for a task that failed as well, because that task is over too.",
+            "get": "`get` waits for the task, and it raises the task's exception.",
+            "failed": "`failed()` is `False` for a task that went well, but also for one that is still running.",
+            "state": "`state` is an attribute. There is a method that compares it for you.",
+            "result": "`result` is an attribute, and while the task runs or after it failed, it holds something else.",
+        },
+        otherwise=(
+            "name one of the methods that read the record and come back at once. The chapter calls them for three "
+            "tasks."
+        ),
+    ),
+    "02b-2": Question(
+        right="b",
+        wrong={
+            "a": "the course's app turns on `task_track_started`, and that is not Celery's default.",
+            "c": "`PENDING` is not stored anywhere. Even an id that was never sent has this state.",
+            "d": "by default, Celery keeps a result for a day, and the task was sent an hour ago.",
+        },
+    ),
+    "02b-3": Question(
+        right="d",
+        wrong={
+            "a": (
+                "the made-up class only claims to come from there. `celery.exceptions` has no `OutOfStock`, so this "
+                "line raises an `AttributeError`."
+            ),
+            "b": "the answer arrives in time, so `get` doesn't time out.",
+            "c": "this program can't import `shop`, so Python doesn't know the name `shop` here.",
+        },
+    ),
+    "02b-4": Question(
+        right="c",
+        wrong={
+            "a": "a timeout happens only in your own program. It doesn't touch the broker.",
+            "b": "a worker can't see whether anybody waits for a result, so it runs the task either way.",
+            "d": "a timeout changes nothing in an `AsyncResult`. It still knows the task's id.",
         },
     ),
 }

@@ -8,7 +8,7 @@ from celery import Celery
 from celery.bin.celery import celery as program
 from celery.bin.worker import worker
 
-from course_tasks.exercises import Exercise
+from course_tasks.exercises import Exercise, Question
 
 
 def _registered(answer: list | tuple | set | dict) -> str | None:
@@ -82,6 +82,48 @@ EXERCISES = {
             'answer = "celery --app=shop worker --pool=solo -n night@%h"': "the queue is not orders",
             'answer = "celery -A shop --pool=solo worker"': "Celery says: No such option",
             'answer = "celery -A shop.py worker --pool=solo -n night@%h -Q orders"': "without .py",
+        },
+    ),
+}
+
+QUIZ = {
+    "03-1": Question(
+        right="a",
+        wrong={
+            "b": "a message contains the name and the arguments of the task, but no code.",
+            "c": "Python reads a module's file once per process, when the module is imported.",
+            "d": "that was `--autoreload`, and Celery no longer has this option.",
+        },
+    ),
+    "03-2": Question(
+        right="c",
+        wrong={
+            "a": "the worker has thrown the message away, so no other worker will get it.",
+            "b": "after a restart, the worker imports the same modules as before. The notebook isn't one of them.",
+            "d": "`delay` sends the same name, and the worker doesn't know a task of that name.",
+        },
+    ),
+    "03-3": Question(
+        right=("office.mail.send",),
+        wrong={
+            "send": 'that would be the name with `@app.task(name="send")`.',
+            "mail.send": "the first part of the name is the whole name of the module, as the worker imports it.",
+            "office.mail": "that is the module. It may contain several tasks, so the name needs one more part.",
+            "__main__.send": (
+                "`__main__` is the name of a notebook, or of a file that is run as a script. This file is imported."
+            ),
+        },
+        otherwise="without `name=`, Celery makes the name out of the module and the function, as in `shop.price`.",
+    ),
+    "03-4": Question(
+        right="b",
+        wrong={
+            "a": (
+                "Celery doesn't switch to another kind of broker by itself. If Redis is down, a worker keeps trying "
+                "its address."
+            ),
+            "c": "then the worker doesn't start at all, and Celery says `Unable to load celery application`.",
+            "d": "`-Q` chooses queues. It doesn't change the address of the broker.",
         },
     ),
 }

@@ -2,7 +2,7 @@
 
 from celery.app.task import Task
 
-from course_tasks.exercises import Exercise, called
+from course_tasks.exercises import Exercise, Question, called
 
 
 def _active(answer: list | dict) -> str | None:
@@ -53,6 +53,46 @@ EXERCISES = {
             BILL.format("acks_late=True", "return customer"): "without name=",
             BILL.format('name="bill", acks_late=True', "pass"): "returns None",
             "def bill(customer):\n    return customer\n\n\nanswer = bill": "should be a task",
+        },
+    ),
+}
+
+QUIZ = {
+    "03b-1": Question(
+        right="c",
+        wrong={
+            "a": "a worker stores `STARTED` when it begins a task. A task that waits for a worker is `PENDING`.",
+            "b": "an expired record is gone, and the state would be `PENDING`.",
+            "d": (
+                "this happens to messages that are not acknowledged yet. By default, the message of a running task is."
+            ),
+        },
+    ),
+    "03b-2": Question(
+        right=("2", "two", "2 nodes", "two nodes", "2 nodes online"),
+        wrong={
+            "3": "three workers answer, but Celery doesn't count answers.",
+            "1": "not all three workers have the same name.",
+        },
+        otherwise="answer with a number from 0 to 3.",
+    ),
+    "03b-3": Question(
+        right="b",
+        wrong={
+            "a": "a warm stop does wait for the running task, but here it gets only ten seconds.",
+            "c": (
+                "a worker gives back messages that it hasn't acknowledged. By default, a running task's message "
+                "isn't one of them."
+            ),
+            "d": "a process can't ignore SIGKILL, because the system itself ends the process.",
+        },
+    ),
+    "03b-4": Question(
+        right="d",
+        wrong={
+            "a": "the message was not acknowledged yet, so the broker still has a copy of it.",
+            "b": "Celery doesn't know how far a function has come, so it can't go on in the middle of it.",
+            "c": "the first worker had no time to store a state, and the second one doesn't watch over the first.",
         },
     ),
 }

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from celery.signals import before_task_publish
 from kombu.exceptions import EncodeError
 
-from course_tasks.exercises import Exercise, WrongAnswer, called
+from course_tasks.exercises import Exercise, Question, WrongAnswer, called
 
 
 def _message(answer: dict) -> str | None:
@@ -80,6 +80,48 @@ EXERCISES = {
             ),
             'answer = lambda one, other: client.send_task("add", args=(list(one), list(other)))': "which is no set",
             "answer = lambda one: one": "your function raised TypeError",
+        },
+    ),
+}
+
+QUIZ = {
+    "04-1": Question(
+        right="b",
+        wrong={
+            "a": "the function runs in the workers, and they already have the new version.",
+            "c": (
+                "only the program that runs the function needs the library. The web server's old file does not even "
+                "mention it."
+            ),
+        },
+    ),
+    "04-2": Question(
+        right=("KeyError", "KeyError: 7", "KeyError(7)", "a KeyError", "builtins.KeyError"),
+        wrong={
+            "EncodeError": "JSON has a way to write this dictionary, so the client can send it.",
+            "TypeError": "the argument arrives as a dictionary, and you may look up any number in a dictionary.",
+            "IndexError": "lists and tuples raise this one. The argument arrives as a dictionary.",
+            "NotRegistered": "the worker knows this task and runs it.",
+            "TimeoutError": "the task fails at once, so `get` has an answer long before a timeout.",
+            "none": "the task does fail. Think of what JSON does to the key 7.",
+            "no exception": "the task does fail. Think of what JSON does to the key 7.",
+        },
+        otherwise="answer with the name of one Python exception. What does JSON do to the key 7?",
+    ),
+    "04-3": Question(
+        right="c",
+        wrong={
+            "a": "a client has no list of the names that the workers know, so `send_task` can't check yours.",
+            "b": "a worker takes each message of its queue, whatever the name in it is.",
+            "d": "the worker does log an error, but it goes on with the next message.",
+        },
+    ),
+    "04-4": Question(
+        right="a",
+        wrong={
+            "b": "`send_task` accepts options of any name, so Python has no reason to complain.",
+            "c": "a task gets only what you put into `args` and `kwargs`.",
+            "d": "a worker ignores those properties of a message that it doesn't know.",
         },
     ),
 }

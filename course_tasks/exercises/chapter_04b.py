@@ -3,7 +3,7 @@
 from celery.exceptions import NotRegistered, TimeoutError
 from celery.result import AsyncResult
 
-from course_tasks.exercises import Exercise
+from course_tasks.exercises import Exercise, Question
 
 
 def _gathered(answer: object) -> str | None:
@@ -77,6 +77,47 @@ EXERCISES = {
                 "it ended with TypeError"
             ),
             'answer = group(client.signature("add", args=(1, n)) for n in (2, 3, 4)).delay()': ("should be a receipt"),
+        },
+    ),
+}
+
+QUIZ = {
+    "04b-1": Question(
+        right="c",
+        wrong={
+            "a": (
+                "a message leaves the queue before its task runs, so an empty queue doesn't tell you that anything "
+                "is done."
+            ),
+            "b": "`send_task` has sent all of the messages already. The client could even stop now.",
+            "d": "Redis doesn't look at the time in a message. It hands these messages out like any others.",
+        },
+    ),
+    "04b-2": Question(
+        right=("1", "one", "1 message", "one message"),
+        wrong={
+            "0": "something would have to look at `expires` first, and Redis doesn't do that.",
+            "zero": "something would have to look at `expires` first, and Redis doesn't do that.",
+            "none": "something would have to look at `expires` first, and Redis doesn't do that.",
+            "60": "60 is the number of seconds. `llen` counts the messages in a queue.",
+            "2": "`expires` adds no second message. One call of `send_task` sends one message.",
+        },
+        otherwise="answer with one number. `llen` counts the messages in a queue.",
+    ),
+    "04b-3": Question(
+        right="b",
+        wrong={
+            "a": "`iter_native` works like that. This loop asks for one result after the other.",
+            "c": "each `get` waits for its own task. It doesn't take the result of another one.",
+            "d": "`get` gives up after 90 seconds, and the first task takes only 60.",
+        },
+    ),
+    "04b-4": Question(
+        right="a",
+        wrong={
+            "b": "a task keeps its slot until it ends, even if it only waits.",
+            "c": "that error comes from a check, and `disable_sync_subtasks=False` switches the check off.",
+            "d": "a worker doesn't know what its tasks are waiting for. This one keeps its ten slots.",
         },
     ),
 }

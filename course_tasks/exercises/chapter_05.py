@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from course_tasks.exercises import Exercise, called
+from course_tasks.exercises import Exercise, Question, called
 from course_tasks.spans import FIELDS, slots, speedup
 
 # What the task wait returns in each pool, and the pid of the worker's main process.
@@ -72,6 +72,45 @@ EXERCISES = {
             "        return 'prefork'\n"
             "    return 'solo' if values[0]['thread'] == 'MainThread' else 'threads'": "That was gevent",
             "answer = 'prefork'": "should be a function",
+        },
+    ),
+}
+
+QUIZ = {
+    "05-1": Question(
+        right=("0", "zero", "none", "no", "no child processes", "no children", "0 child processes", "0 children"),
+        wrong={
+            "50": "50 is the number of slots. What is a slot of this pool?",
+            "4": "the number of processors is the default, and you gave another number. What does that number count?",
+            "1": "you counted the main process itself. The question is about its children.",
+            "51": "this is the main process and 50 more. What does `--concurrency` count in this pool?",
+        },
+        otherwise="answer with one number. What does `--concurrency` count in this pool?",
+    ),
+    "05-2": Question(
+        right="c",
+        wrong={
+            "a": "the additional threads share one interpreter with the others.",
+            "b": "greenlets help when tasks wait, and these tasks compute.",
+            "d": "at the moment, all tasks together use about as much as one processor can do.",
+        },
+    ),
+    "05-3": Question(
+        right="d",
+        wrong={
+            "a": (
+                "without a number, prefork has one slot per processor. With two slots the tasks take about 200 seconds."
+            ),
+            "b": "solo ignores the number and runs one task at a time. That takes about 400 seconds.",
+            "c": "greenlets are cheap, but two of them are only two slots. The tasks take about 200 seconds.",
+        },
+    ),
+    "05-4": Question(
+        right="b",
+        wrong={
+            "a": "all greenlets of a worker share one thread, so they can only take turns.",
+            "c": "Python interrupts threads like that, but gevent doesn't interrupt a greenlet.",
+            "d": "these tasks have started already, and a started task stays in its worker.",
         },
     ),
 }

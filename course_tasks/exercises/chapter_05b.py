@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from celery.result import AsyncResult
 
-from course_tasks.exercises import Exercise, called
+from course_tasks.exercises import Exercise, Question, called
 
 COMMANDS = {
     "celery -A shop worker -P gevent -c 10": True,
@@ -60,6 +60,65 @@ EXERCISES = {
             "answer = lambda command: '-P gevent' in command": "--pool gevent'. Celery patches there",
             "answer = lambda command: '-P gevent' in command or '--pool gevent' in command": "--pool=gevent",
             "answer = True": "should be a function",
+        },
+    ),
+}
+
+QUIZ = {
+    "05b-1": Question(
+        right="b",
+        wrong={
+            "a": "prefork does that by ending a child process. Nobody can end a thread from outside.",
+            "c": "`soft_time_limit` does that, and it needs prefork.",
+            "d": "a worker doesn't check whether its pool can do what a message asks for.",
+        },
+    ),
+    "05b-2": Question(
+        right=(
+            "-P gevent",
+            "--pool=gevent",
+            "--pool gevent",
+            '-P "gevent"',
+            '--pool="gevent"',
+            "celery -A shop worker -P gevent -c 10 -Q mails",
+            "celery -A shop worker --pool=gevent -c 10 -Q mails",
+            "celery -A shop worker --pool gevent -c 10 -Q mails",
+        ),
+        wrong={
+            "-Pgevent": "the option is written like this now, and Celery doesn't find it in time.",
+            "-P=gevent": (
+                "a short option takes no `=`. Celery would look for a pool called `=gevent` and refuse to start."
+            ),
+            "-P": "write the whole option, with the name of the pool.",
+            "--pool": "write the whole option, with the name of the pool.",
+            "gevent": "this is only the name of the pool. Write the option as well.",
+            "-c 10": "this option is fine: it gives the worker ten slots.",
+            "-c10": "`-c 10` was fine already. Another option is the problem.",
+            "--concurrency=10": "`-c 10` was fine already. Another option is the problem.",
+            "-Q mails": "this option is fine: it names the queue.",
+            "--pool=threads": "tasks would run, but the worker should keep its pool.",
+            "-P threads": "tasks would run, but the worker should keep its pool.",
+            "--pool=prefork": "tasks would run, but the worker should keep its pool.",
+            "-P prefork": "tasks would run, but the worker should keep its pool.",
+        },
+        otherwise=(
+            "answer with the option that names the pool, in a form that Celery finds before it reads its options."
+        ),
+    ),
+    "05b-3": Question(
+        right="d",
+        wrong={
+            "a": "tasks share a global variable if they run in one process, as with threads or gevent.",
+            "b": "with prefork, the main process runs no tasks, so its own dictionary stays empty.",
+            "c": "a child runs many tasks one after the other, and it keeps its variables in between.",
+        },
+    ),
+    "05b-4": Question(
+        right="a",
+        wrong={
+            "b": "this is true of prefork. A solo worker has no process besides the main one.",
+            "c": "the probe gives up long before that, and then it counts as failed.",
+            "d": "a solo worker doesn't interrupt a task to do something else.",
         },
     ),
 }

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from course_tasks.exercises import Exercise, called
+from course_tasks.exercises import Exercise, Question, called
 from course_tasks.spans import FIELDS, slots
 
 TASKS, ROUNDS, SECONDS = 24, 3, 0.3
@@ -57,6 +57,44 @@ EXERCISES = {
             'answer = [client.send_task("wait", args=(0.3,), queue="threads") for _ in range(24)]\n'
             "for result in answer:\n"
             "    result.get(timeout=60)": "not what the tasks return",
+        },
+    ),
+}
+
+QUIZ = {
+    "06-1": Question(
+        right=("12", "12 s", "12 seconds", "about 12", "about 12 s", "about 12 seconds", "12.0", "twelve", "12 sec"),
+        wrong={
+            "10": "this is 100 / 30 * 3. A round can't be shorter than a task, even if some slots stay empty.",
+            "9": "three rounds of 30 tasks are only 90 tasks.",
+            "4": "you have the number of rounds. Now multiply by the length of a round.",
+            "3": "that needs a slot for each of the 100 tasks.",
+            "300": "one slot needs that long, and there are 30.",
+        },
+        otherwise="first find the number of rounds, and then multiply by the length of a round.",
+    ),
+    "06-2": Question(
+        right="c",
+        wrong={
+            "a": "without a number, prefork would have two slots here as well.",
+            "b": "`auto` counts processors too, and this machine has two.",
+            "d": "the tasks wait for the network, so the processors have almost nothing to do.",
+        },
+    ),
+    "06-3": Question(
+        right="a",
+        wrong={
+            "b": "the machine still has four processors, and all of them were busy before.",
+            "c": "the processes take turns, and that costs very little.",
+            "d": "Celery makes as many children as you ask for.",
+        },
+    ),
+    "06-4": Question(
+        right="d",
+        wrong={
+            "a": "the number holds for each worker, and two workers are running.",
+            "b": "a broker gives a message to any worker that asks. It doesn't know which tasks must not overlap.",
+            "c": "several workers can read the same queue, and they often do that to get more done.",
         },
     ),
 }

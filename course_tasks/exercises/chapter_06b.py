@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from celery import Celery
 
-from course_tasks.exercises import Exercise, called
+from course_tasks.exercises import Exercise, Question, called
 
 # Slots, multiplier, acknowledged late: and how many messages have left the queue when all slots are busy.
 GONE = {(2, 4, False): 10, (1, 1, False): 2, (3, 4, False): 15, (4, 1, True): 4, (2, 4, True): 8, (5, 3, True): 15}
@@ -67,6 +67,94 @@ EXERCISES = {
             'answer = {"report": {"queue": "long"}, "*": {"queue": "long"}}': "waits for long ones",
             'answer = {"long": {"queue": "report"}, "short": {"queue": "mail"}}': "nothing is said of report",
             'answer = {"report": {"queue": "slow"}, "*": {"queue": "short"}}': "report goes to slow, and",
+        },
+    ),
+}
+
+QUIZ = {
+    "06b-1": Question(
+        right="a",
+        wrong={
+            "b": (
+                "this counts A's ten running tasks as part of its limit. By default, they were acknowledged when "
+                "they started, so the limit doesn't include them."
+            ),
+            "c": "a worker doesn't hand back what it has reserved when another worker starts.",
+            "d": (
+                "this counts only the ten tasks that A is running. A also takes messages for tasks that it can't "
+                "start yet."
+            ),
+        },
+    ),
+    "06b-2": Question(
+        right=(
+            "--disable-prefetch",
+            "disable-prefetch",
+            "disable prefetch",
+            "worker_disable_prefetch",
+            "worker_disable_prefetch=True",
+            "worker_disable_prefetch = True",
+        ),
+        wrong={
+            "--prefetch-multiplier=0": (
+                "on the command line, 0 counts as no value, so the worker uses the multiplier from its "
+                "configuration. In the configuration, 0 means no limit at all."
+            ),
+            "--prefetch-multiplier 0": (
+                "on the command line, 0 counts as no value, so the worker uses the multiplier from its "
+                "configuration. In the configuration, 0 means no limit at all."
+            ),
+            "--concurrency=2": (
+                "with two slots, one report no longer holds up a mail. Two reports at the same time still do."
+            ),
+            "-c 2": "with two slots, one report no longer holds up a mail. Two reports at the same time still do.",
+            "task_acks_late": (
+                "that is a setting. Together with multiplier 1 it helps too, but then the tasks must tolerate "
+                "running twice. The question asks for an option of `celery worker`."
+            ),
+            "acks_late": (
+                "that is an option of a task. Together with multiplier 1 it helps too, but then the task must "
+                "tolerate running twice. The question asks for an option of `celery worker`."
+            ),
+            "--acks-late": "`celery worker` has no such option.",
+            "-O fair": (
+                "prefork does this by default. It decides which child process gets the next task, and the worker "
+                "takes just as many messages."
+            ),
+            "-Ofair": (
+                "prefork does this by default. It decides which child process gets the next task, and the worker "
+                "takes just as many messages."
+            ),
+            "--pool=threads": "the pool doesn't change how many messages a worker with one slot may take.",
+        },
+        otherwise=(
+            "the chapter compares three pairs of workers. Which option did the pair have on which no short task got "
+            "stuck?"
+        ),
+    ),
+    "06b-3": Question(
+        right="c",
+        wrong={
+            "a": "this takes away the reserved messages as well, so the slots would still be empty between tasks.",
+            "b": (
+                "the visibility timeout decides when an unacknowledged message goes back to the queue. It doesn't "
+                "make a worker ask for messages sooner."
+            ),
+            "d": "these tasks only wait, so the processor has almost nothing to do already.",
+        },
+    ),
+    "06b-4": Question(
+        right="b",
+        wrong={
+            "a": "no worker takes a message in advance here, and the mail waits all the same.",
+            "c": (
+                "six slots are enough for five reports and a mail. When more reports arrive, they fill six slots as "
+                "well."
+            ),
+            "d": (
+                "a priority lets a mail overtake the reports in the queue. It doesn't interrupt the reports that "
+                "are running."
+            ),
         },
     ),
 }

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from course_tasks.exercises import Exercise, called
+from course_tasks.exercises import Exercise, Question, called
 
 LOG = [
     "[10:31:07 INFO -] Connected to the broker",
@@ -69,6 +69,50 @@ EXERCISES = {
             "    return {id: sum(id in line for line in lines) for id in ('ada-7', 'ben-8', '90ab')}": "'ada-7': 4",
             "def answer(lines):\n    return [line.partition(']')[0].split()[-1] for line in lines]": "it returns list",
             "answer = {'ada-7': 11, 'ben-8': 12}": "should be a function",
+        },
+    ),
+}
+
+QUIZ = {
+    "07-1": Question(
+        right="c",
+        wrong={
+            "a": "the backend doesn't know which task was sent first. It has only one record for this id.",
+            "b": "Celery doesn't check whether an id is already in use. It sends both messages, and both tasks run.",
+            "d": (
+                "both tasks run to their end. `get` waits for a record under this id, no matter which task has "
+                "written it."
+            ),
+        },
+    ),
+    "07-2": Question(
+        right="b",
+        wrong={
+            "a": "`-` stands for lines that belong to no request. Here the task of a request is running.",
+            "c": "Celery writes a task's id only into its own lines about the task and into those of task loggers.",
+            "d": "the worker's log also has the lines of other loggers. `cards` in the shop is one of them.",
+        },
+    ),
+    "07-3": Question(
+        right=("ada-7", "[ada-7]", "ada"),
+        wrong={
+            "ben-8": (
+                "this id is only a word in the message. Look for the id in the brackets at the beginning of the line."
+            ),
+            "ben": (
+                "this name is only a word in the message. Look for the id in the brackets at the beginning of the line."
+            ),
+            "5c1d9f02": "that is the id of a task, and its line says that this task succeeded.",
+            "77e0b3aa": "that is the id of a task. The question asks for the id of the request.",
+        },
+        otherwise="answer with one of the two ids that stand in the brackets at the beginning of the lines.",
+    ),
+    "07-4": Question(
+        right="d",
+        wrong={
+            "a": "`pack` has no such argument either, and its lines have the id.",
+            "b": "then the request's id would be the id of a task again, and two tasks of one request would share it.",
+            "c": "`refund` would first have to know which id it should set, and it has only its price.",
         },
     ),
 }

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextvars import ContextVar
 
-from course_tasks.exercises import Exercise, WrongAnswer, called
+from course_tasks.exercises import Exercise, Question, WrongAnswer, called
 
 # What Celery puts into a message's headers itself, or into a task's request beside them.
 TAKEN = {"argsrepr", "correlation_id", "delivery_info", "eta", "expires", "group", "group_index", "hostname", "id"}
@@ -81,6 +81,42 @@ EXERCISES = {
             "def answer(headers, id):\n    if id:\n        headers['my_request_id'] = id": "it is overwritten",
             "def answer(headers, id):\n    if id:\n        headers.setdefault('correlation_id', id)": "is taken",
             "def answer(headers, id):\n    if id:\n        headers = headers | {'my_request_id': id}": "one new name",
+        },
+    ),
+}
+
+QUIZ = {
+    "07b-1": Question(
+        right=("ada-7",),
+        wrong={
+            "None": "`None` would be the value after `set(None)`, or after `reset(outer)`.",
+            "ben-8": "this value was set for the work in the middle, and that work is done.",
+            "-": "`-` is what the log shows when there is no id. `get` returns the value of the variable itself.",
+        },
+        otherwise="the last line returns one of the values that the variable has had in the lines above, or `None`.",
+    ),
+    "07b-2": Question(
+        right="c",
+        wrong={
+            "a": "`_end` runs when a task ends. Other tasks begin before that.",
+            "b": "`-` appears where no id is set, but `_begin` sets one for each task.",
+            "d": "all threads of a process can read and change its global variables, so there is no error.",
+        },
+    ),
+    "07b-3": Question(
+        right="b",
+        wrong={
+            "a": "then the task's own lines would not have `ada-7` either.",
+            "c": "without the field, the line would not have the `-` either.",
+            "d": "`_end` runs after the task, and this line is logged before the task.",
+        },
+    ),
+    "07b-4": Question(
+        right="a",
+        wrong={
+            "b": "`-` would be right for such a line, but it appears only when no id is current.",
+            "c": "nobody has sent a next task yet, so the worker can't know its id.",
+            "d": "the record of each line has the field, so the line can be formatted.",
         },
     ),
 }

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 from contextvars import ContextVar, copy_context
 
-from course_tasks.exercises import Exercise, called
+from course_tasks.exercises import Exercise, Question, called
 
 PATIENCE = 10  # seconds for a thread that only looks at a variable
 
@@ -76,6 +76,47 @@ EXERCISES = {
             "answer = '{correlation_id} {levelname} {message}'": "that is no format for a log",
             "answer = '%(levelname)s %(correlation_id)s %(message)s'": "and should be 'ada-7 INFO",
             "answer = '%(correlation_id)s %(message)s'": "in which INFO is missing",
+        },
+    ),
+}
+
+QUIZ = {
+    "07c-1": Question(
+        right="b",
+        wrong={
+            "a": "then the tasks' own lines would be missing as well, because they are at level INFO.",
+            "c": "this is the format of the task loggers, and their lines are the ones that are still there.",
+            "d": "a message without the header doesn't make any line disappear. Another id takes its place.",
+        },
+    ),
+    "07c-2": Question(
+        right=("2", "two"),
+        wrong={
+            "26": "that is the number of tasks. The tasks of one order don't have different correlation ids.",
+            "13": "that is the number of tasks of one order. They don't have different correlation ids.",
+            "1": "nothing connects the two calls of `order`, so they can't have the same id.",
+            "one": "nothing connects the two calls of `order`, so they can't have the same id.",
+            "0": "the lines don't have `-` there. If a client gives no id, another one stands in.",
+        },
+        otherwise='answer with a number, for example "7".',
+    ),
+    "07c-3": Question(
+        right="d",
+        wrong={
+            "a": "something else in the message has the same name, and it wins over the header.",
+            "b": "the worker fills this field for every task that a Celery client sends.",
+            "c": "the request's id travels in another header, `request_correlation_id`.",
+        },
+    ),
+    "07c-4": Question(
+        right="a",
+        wrong={
+            "b": "the child can't log any more, but it wasn't the only process that knew the task.",
+            "c": "the new child process knows nothing about the tasks of the old one.",
+            "d": (
+                "the acknowledgement only tells the broker to forget the message. It says nothing about how the "
+                "task ended."
+            ),
         },
     ),
 }

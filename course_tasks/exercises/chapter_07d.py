@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextvars import copy_context
 
 from course_tasks.correlation import HEADER, correlation_id
-from course_tasks.exercises import Exercise, called
+from course_tasks.exercises import Exercise, Question, called
 
 IMPORT = "from course_tasks.correlation import correlation_id, new_id\n"
 NOT_IT = {
@@ -71,5 +71,52 @@ EXERCISES = {
             f"{IMPORT}answer = lambda: {{HEADER: correlation_id.get()}}": "the header of Celery's messages",
             'answer = {"X-Request-ID": "eve-9"}': "should be a function",
         },
+    ),
+}
+
+QUIZ = {
+    "07d-1": Question(
+        right="d",
+        wrong={
+            "a": "the search looks for the id, and the id is the same on both machines.",
+            "b": "the worker does log later, but `sort` knows only the times that it finds in the lines.",
+            "c": "`sort` compares text, and the lines of both logs begin with a time in the same format.",
+        },
+    ),
+    "07d-2": Question(
+        right="b",
+        wrong={
+            "a": "the bracket would end the id's place in a line, and the rest would look like a message.",
+            "c": "`new_id` accepts ASCII letters only, and `ë` isn't one.",
+            "d": "a blank separates the parts of a line, so only a part of this id would be read as the id.",
+        },
+    ),
+    "07d-3": Question(
+        right="a",
+        wrong={
+            "b": "`ada-7` is a perfectly ordinary id. A pattern that refuses it would also refuse Ada's own request.",
+            "c": "HTTPS protects a request on its way. The sender can still write any id into it.",
+            "d": "a task sees only the id, and it is the same for both of them.",
+        },
+    ),
+    "07d-4": Question(
+        right=(
+            "X-Request-ID",
+            "the header X-Request-ID",
+            "the X-Request-ID header",
+            "X-Request-ID header",
+            "X-Request-ID:",
+        ),
+        wrong={
+            "request_correlation_id": "this is the header of Celery's messages. A web service looks for another one.",
+            "correlation_id": "this is the name of the variable. Which header does the middleware `with_id` read?",
+            "X-Correlation-ID": "other services use this name. Which header does the middleware `with_id` read?",
+            "traceparent": "this is the header of OpenTelemetry. Which header does the middleware `with_id` read?",
+            "HEADER": (
+                "this is the name of a constant, for the header of Celery's messages. A web service looks for "
+                "another one."
+            ),
+        },
+        otherwise="look at the middleware `with_id`. Which header does it read?",
     ),
 }
