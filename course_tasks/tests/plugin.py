@@ -149,6 +149,13 @@ def tagged(path: Path) -> dict[str, nbformat.NotebookNode]:
     return found
 
 
+def printed_solution(cell: nbformat.NotebookNode) -> str:
+    """The code in the one fence of the folded solution; what comes after that belongs to the next exercise."""
+    [folded] = re.findall(r"(?s)<summary>Solution</summary>(.*?)</details>", cell.source)
+    [solution] = re.findall(r"(?s)```python\n(.*?)```", folded)
+    return solution
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item):
     """Show what a failed cell wrote: nbval says of a stream that was not expected only that there is one."""
@@ -229,8 +236,7 @@ class LearnerTriesEverything(pytest.Item):
             for wrong, reason in exercise.wrong.items():
                 run(place, wrong)
                 assert (said := verdict(cell)).startswith(f"✘ {name}: ") and reason in said, (wrong, said)
-            [solution] = re.findall(r"(?s)```python\n(.*?)```", tags[f"solution-{name}"].source)
-            run(place, solution)
+            run(place, printed_solution(tags[f"solution-{name}"]))
             said = verdict(cell)
             assert re.fullmatch(rf"✔ {name}: right\. \d of \d in this chapter\.", said), (
                 f"the printed solution of {name} is refused"
