@@ -224,6 +224,7 @@ def wrong_cells(number, name, outputs):
     environment["JPY_SESSION_NAME"] = f"my_notebooks/{name}.ipynb"
     wrong = {}
     with kernels.kernel_manager() as manager, kernels.workplace() as folder:
+        environment["COURSE_MY_NOTEBOOKS"] = folder  # of a learner who is in this chapter
         options = {"timeout": kernels.CELL_TIMEOUT, "resources": {"metadata": {"path": folder}}}
         client = NotebookClient(fresh, km=manager, **options)
         with client.setup_kernel(env=environment):
