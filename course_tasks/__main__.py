@@ -37,6 +37,7 @@ OLDEST, NEWEST = (3, 11), (3, 13)  # the Pythons that the course is tested with
 
 
 def complain(text, code=1):
+    """Print one line for the user to standard error. Returns the exit code that is given."""
     print(f"course_tasks: {text}", file=sys.stderr, flush=True)
     return code
 
@@ -93,6 +94,10 @@ def port_problem(options):
 
 
 def lab(options):
+    """Bring the working copies up to date, find or start the servers, and become JupyterLab.
+
+    Returns 1 if the port that is asked for can't be used.
+    """
     from course_tasks import copies
 
     problem = port_problem(options)
@@ -108,10 +113,12 @@ def lab(options):
 
 
 def test(options):
+    """Become pytest."""
     become("-m", "pytest", *options)
 
 
 def servers(options):
+    """Find or start the servers, print where they are, and wait for Ctrl-C or SIGTERM."""
     from course_tasks.servers import without_secrets
 
     pair = start_pair()
@@ -125,6 +132,7 @@ def servers(options):
 
 
 def server(options):
+    """Become one more Redis or Valkey server, in the folder where it is asked for. It has no password."""
     from course_tasks.servers import find_server
 
     path, _ = find_server()
@@ -201,6 +209,7 @@ def too_old():
 
 
 def version():
+    """The version of the course."""
     import tomllib  # not before Python 3.11
 
     from course_tasks.install import ROOT

@@ -14,11 +14,13 @@ Standard library only: the command `reset` works before anything is installed.
 
 import contextlib
 import difflib
+import errno
 import hashlib
 import itertools
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from course_tasks.install import ROOT, Problem
 
 NOTEBOOKS = ROOT / "notebooks"
 KEY = "course_tasks"  # in a notebook's metadata
+PATIENCE = 30.0  # seconds in which another command of the course has to be done with the folder
 
 
 def folder() -> Path:
@@ -216,7 +219,7 @@ def locked(place: Path) -> Iterator[None]:
         place: the folder. Its leftovers of a killed command are removed.
 
     Raises:
-        OSError: the folder can't be made or locked.
+        OSError: the folder can't be made, or another program has held its lock for PATIENCE seconds.
     """
     import fcntl  # not on Windows, where the command line ends earlier
 
@@ -224,7 +227,15 @@ def locked(place: Path) -> Iterator[None]:
         place.mkdir(parents=True, exist_ok=True)
     handle = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # the system drops it when this process ends, however it ends
+        deadline = time.monotonic() + PATIENCE
+        while True:  # the system drops the lock when its holder ends, however it ends; a suspended program keeps it
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise OSError(errno.EBUSY, "another command of the course is using it", str(place)) from None
+                time.sleep(0.01)
         for leftover in place.glob(".new-*"):
             leftover.unlink()
         _remove_empty(*place.glob("old/*-[0-9]*"))

@@ -32,7 +32,8 @@ class Problem(Exception):
 
 
 def say(text: str) -> None:
-    print(text, flush=True)  # at once, for this process may become another one
+    """Print a line at once, because this process may become another one."""
+    print(text, flush=True)
 
 
 def inside_venv() -> bool:

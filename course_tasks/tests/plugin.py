@@ -213,7 +213,7 @@ class LearnerTriesEverything(pytest.Item):
             assert said == f"✘ quiz {name}: {question.otherwise}" or "is not one of the choices: a, b, c" in said
             for right in rights:
                 said = verdict(cell, f"quiz({name!r}, {f' {right.upper()} '!r})")
-                assert re.fullmatch(rf"✔ quiz {name}: right\. \w.{{30,}}", said), "right, and explained"
+                assert re.fullmatch(rf"✔ quiz {name}: right\. \S.{{30,}}", said), "right, and explained"
 
         # what follows a log or a queue would change outputs later on
         client.kc.execute("import os; os.environ['COURSE_RECORDING'] = '1'", silent=True)
