@@ -126,7 +126,7 @@ def servers(options):
     signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
     print(f"Broker:  {without_secrets(pair.broker)}\nBackend: {without_secrets(pair.backend)}")
     if pair.script:
-        print(f"In another terminal, first type: . {shlex.quote(pair.script)}")
+        print(f"In another terminal, type this line first:\n. {shlex.quote(pair.script)}")
     print("Ctrl-C ends this.", flush=True)
     signal.sigwait(stopping)
 

@@ -119,7 +119,8 @@ def _update(source: Path) -> str:
             return f"{shown(copy)} can't be read as a notebook, so it stays as it is. For a fresh one: {how}"
         if _digest(mine) != _delivered(mine):
             current = _delivered(fresh) in (_digest(mine), _delivered(mine))
-            return "" if current else f"{shown(copy)}: there is a newer version. To get it (yours is kept): {how}"
+            newer = "there is a newer version. You have changed yours, so it stays. To get the new one and keep yours"
+            return "" if current else f"{shown(copy)}: {newer}: {how}"
         if _delivered(mine) == _delivered(fresh):
             return ""
     old = _exchange(copy, fresh, keep=False)
@@ -129,10 +130,10 @@ def _update(source: Path) -> str:
 def _reset(source: Path) -> str:
     copy = folder() / source.name
     old = _exchange(copy, _fresh(source), keep=True)
-    line = f"{shown(copy)} is fresh."
+    line = f"{shown(copy)} is a fresh copy now."
     if not _as_delivered(copy):
         line = f"{shown(copy)} was saved by another program at this moment: close it there, and reset it again."
-    return f"{line} Yours is now {shown(old)} (is it open? File > Reload Notebook from Disk)." if old else line
+    return f"{line} Your old copy is {shown(old)}. If it is open: File > Reload Notebook from Disk." if old else line
 
 
 def _exchange(copy: Path, fresh: dict[str, Any], keep: bool) -> Path | None:

@@ -51,7 +51,9 @@ def note(chapter: str, kind: str = "", name: str = "", state: str = "") -> tuple
                 progress = _read()
             except (OSError, ValueError):
                 kept = copies.set_aside(path)
-                notice = f"Your progress file was damaged. It is now {copies.shown(kept)}, and a new one begins."
+                notice = (
+                    f"Your progress file was damaged. It was moved to {copies.shown(kept)}, and a new one was started."
+                )
             _add(progress, chapter, kind, name, state)
             new = path.with_name(f".new-{path.name}")
             try:

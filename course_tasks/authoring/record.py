@@ -117,7 +117,7 @@ def minutes(notebook: nbformat.NotebookNode) -> str:
     return f"{read} minutes to read and run, {practise} to practise"
 
 
-def record(path: Path) -> list[str]:
+def record(path: Path, anew: bool = False) -> list[str]:
     """Run a notebook from top to bottom and store the outputs of that run.
 
     If nbval finds no difference between them and the stored ones, all of these stay as they are: a notebook has the
@@ -125,6 +125,7 @@ def record(path: Path) -> list[str]:
 
     Args:
         path: the notebook; written only if something changed.
+        anew: store the outputs of this run in any case, for example because a cell's code has changed.
 
     Returns:
         The ids of the code cells whose outputs differ from the stored ones.
@@ -151,7 +152,7 @@ def record(path: Path) -> list[str]:
             output.get("data", {}).pop(WIDGET, None)  # without its kernel it is an error message
             if output.output_type == "execute_result":
                 output.execution_count = number
-    result = notebook if different else unrun
+    result = notebook if different or anew else unrun
     result.metadata = unrun.metadata
     result.cells[0].source = MINUTES.sub(minutes(result), result.cells[0].source)
     if (after := nbformat.writes(result) + "\n") != before:
@@ -163,16 +164,17 @@ def main(arguments: list[str]) -> int:
     """Record the notebooks named, or all of them, on a pair of servers of their own; 0 if every one ran."""
     parser = argparse.ArgumentParser(prog="python -m course_tasks.authoring.record", description=__doc__)
     parser.add_argument("notebook", nargs="*", type=Path, default=sorted(NOTEBOOKS.glob("*.ipynb")))
-    paths = parser.parse_args(arguments).notebook
+    parser.add_argument("--anew", action="store_true", help="store the outputs even if nbval finds no difference")
+    options = parser.parse_args(arguments)
     failed = 0
     os.environ["COURSE_RECORDING"] = "1"
     with tempfile.TemporaryDirectory(prefix="course-") as directory:
         pair = servers.private(directory)
         os.environ["COURSE_MY_NOTEBOOKS"] = directory  # what is recorded is nobody's progress
-        for path in paths:
+        for path in options.notebook:
             servers.flush(pair.broker, pair.backend)
             try:
-                different = record(path)
+                different = record(path, options.anew)
                 print(f"{path.name}: {'new outputs in ' + ', '.join(different) if different else 'the same outputs'}")
             except (OSError, ValueError, CellExecutionError) as error:
                 failed = 1

@@ -39,11 +39,11 @@ def show_servers(line: str = "") -> None:
         print(pair.notice)
     if pair.script and name:
         database = pair.broker.rpartition("/")[2]
-        elsewhere = "In a terminal outside JupyterLab, or one that is open already, first type"
-        print(f"Database {database} belongs to {name} alone. {elsewhere}: . {shlex.quote(pair.script)}")
+        elsewhere = "To use it in a terminal outside JupyterLab, or in one that was open before, type this there first:"
+        print(f"Database {database} belongs to {name} alone. {elsewhere}\n. {shlex.quote(pair.script)}")
     if not pair.script and (answering := _workers(pair.broker)):
-        print("Workers that answer here already, and may take this notebook's tasks:", *answering, sep="\n  ")
-        print("%stop --everywhere stops those that belong to notebooks of this course.")
+        print("These workers already use this broker, and they may take this notebook's tasks:", *answering, sep="\n  ")
+        print("%stop --everywhere stops those that notebooks of this copy of the course have started.")
 
 
 def notebook_name() -> str:
@@ -72,5 +72,5 @@ def _workers(broker: str) -> list[str]:
             if os.getpid() in (parent.pid for parent in process.parents()):
                 continue
             owner = whose(process)
-        found.append(f"{node}: {owner or 'not from a notebook of this course'}")
+        found.append(f"{node}: {owner or 'not from this copy of the course'}")
     return found

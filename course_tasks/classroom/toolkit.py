@@ -64,7 +64,7 @@ class Spans(list[Span]):
         return spans.at_once(self)
 
 
-def wait_until(condition: Callable[[], T], seconds: float = 10, what: str = "it") -> T:
+def wait_until(condition: Callable[[], T], seconds: float = 10, what: str = "") -> T:
     """Call a condition again and again until it returns something true.
 
     Args:
@@ -86,7 +86,8 @@ def wait_until(condition: Callable[[], T], seconds: float = 10, what: str = "it"
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         if time.monotonic() > deadline:
-            raise ClassroomError(f"Waited {seconds:g} s for {what}, but it didn't happen. Look at the log with %tail.")
+            about = f" for {what}" if what else ""
+            raise ClassroomError(f"Waited {seconds:g} s{about}, but it didn't happen. Look at the log with %tail.")
         time.sleep(PAUSE)
     return found
 
@@ -155,15 +156,13 @@ def _collected(results: "list[AsyncResult]", timeout: float, place: str) -> Span
         except ResultTimeout:
             done = f"Only {len(found)} of {len(results)} tasks were done after {timeout:g} s."
             raise ClassroomError(
-                f"{done} Is a worker running that takes {place}? Look at its log with %tail."
+                f"{done} Is a worker running that reads {place}? Look at its log with %tail."
             ) from None
         if result.state != "SUCCESS":
             error = f"{type(value).__name__}: {value}"
             raise ClassroomError(f"Task {result.id} ended as {result.state} ({error}). Look at the log with %tail.")
         if not (isinstance(value, dict) and value.keys() >= FIELDS):
-            raise ClassroomError(
-                f"Task {result.id} returned {value!r}, not who ran it and when. Send wait or compute, which do."
-            )
+            raise ClassroomError(f"Task {result.id} returned {value!r}. Only the tasks wait and compute return a span.")
         found.append(value)  # type: ignore[arg-type]
     return found
 
@@ -212,7 +211,8 @@ def ask_worker(client: "Celery", name: str, question: str = "stats", seconds: fl
             if answers := getattr(asked, question)():
                 return answers[node]
     raise ClassroomError(
-        f"No worker called {node} answers within {seconds:g} s. Is it running? A busy solo worker can't answer."
+        f"No worker called {node} has answered within {seconds:g} s. Is it running? (A solo worker can't "
+        "answer while it runs a task.)"
     )
 
 

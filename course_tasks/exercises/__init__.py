@@ -11,6 +11,7 @@ from typing import Any
 from course_tasks import copies, progress
 
 DOTS = (..., "...", "…", "")  # an answer that the learner has not given yet
+RENAMED = 'Change the name in this cell back to the course\'s own, such as "00-1".'
 WIDTH = 90  # letters in a line of an explanation: JupyterLab breaks longer lines in the middle of a word
 # What a learner calls the types of answers.
 WORDS = {
@@ -57,14 +58,16 @@ class Question:
         right: the letter of the right choice; or, for a short text, all texts that are right.
         wrong: for each other choice, or for each wrong text that people are likely to give, why it is wrong.
         otherwise: what to say about any other text. Empty for a question with choices.
+        case: whether capitals matter, as in an option of a command.
     """
 
     right: str | tuple[str, ...]
     wrong: dict[str, str]
     otherwise: str = ""
+    case: bool = False
 
     def judge(self, answer: str) -> str | None:
-        """Judge an answer. Capitals, blanks and a closing bracket or full stop make no difference.
+        """Judge an answer. Blanks, quotes, brackets and a full stop around it make no difference.
 
         Args:
             answer: a letter or a short text.
@@ -72,12 +75,17 @@ class Question:
         Returns:
             Why the answer is wrong, or None if it is right.
         """
-        given = _plain(answer)
-        if given in map(_plain, (self.right,) if isinstance(self.right, str) else self.right):
+
+        def plain(text: str) -> str:
+            text = " ".join(text.strip(" \t\n.()`'\"").split())
+            return text if self.case else text.casefold()
+
+        given = plain(answer)
+        if given in map(plain, (self.right,) if isinstance(self.right, str) else self.right):
             return None
         choices = ", ".join(sorted([str(self.right), *self.wrong]))
         otherwise = self.otherwise or f"{answer.strip()!r} is not one of the choices: {choices}."
-        return {_plain(wrong): reason for wrong, reason in self.wrong.items()}.get(given, otherwise)
+        return {plain(wrong): reason for wrong, reason in self.wrong.items()}.get(given, otherwise)
 
 
 def called(answer: Callable, *args: Any, case: str = "") -> Any:
@@ -167,7 +175,7 @@ def _verdict(exercise: str, answer: Any) -> str:
     chapter = str(exercise).partition("-")[0]
     found = all_of(chapter).get(exercise)
     if found is None:
-        return f"There is no exercise {exercise!r}: the name in the course's own cell has to stay as it was."
+        return f"There is no exercise {exercise!r}. {RENAMED}"
     if answer is ...:
         line = f"☐ {exercise}: still to do. Put your answer in place of the dots (...), and run both cells again."
         return line + _remember(chapter, "exercises", exercise, "open")[1]
@@ -193,7 +201,7 @@ def _quiz_verdict(question: str, answer: Any) -> str:
     chapter = str(question).partition("-")[0]
     found = quiz_of(chapter).get(question)
     if found is None:
-        return f"There is no quiz question {question!r}: the name in the course's own cell has to stay as it was."
+        return f"There is no quiz question {question!r}. {RENAMED}"
     if answer is ... or (isinstance(answer, str) and answer.strip() in DOTS):
         line = f"☐ quiz {question}: still to do. Put your answer in place of the dots, and run this cell again."
         return line + _remember(chapter, "quiz", question, "open")[1]
@@ -202,7 +210,7 @@ def _quiz_verdict(question: str, answer: Any) -> str:
     else:
         reason = f'an answer is a text in quotes, such as "a". This is {_in_words(type(answer))}.'
     if reason:
-        return f"✘ quiz {question}: {reason}" + _remember(chapter, "quiz", question, "wrong")[1]
+        return f"✘ quiz {question}: {_unmarked(reason)}" + _remember(chapter, "quiz", question, "wrong")[1]
     notice = _remember(chapter, "quiz", question, "right")[1]
     return f"✔ quiz {question}: right. {explanation(question)}".rstrip() + notice
 
@@ -230,12 +238,13 @@ def explanation(question: str) -> str:
         [folded] = re.findall(rf"(?s)<details>{summary}\s+\*\*.*?\*\*\s+(.*?)\s+</details>", text)
     except Exception:  # whatever a learner has made of the notebook, the answer is right
         return ""
-    unlinked = re.sub(r"\[([^\]]*)\]\([^)]*\)|</?\w[^>]*>", r"\1", folded)
+    return _unmarked(folded)
+
+
+def _unmarked(text: str) -> str:
+    """Markdown as plain text on one line."""
+    unlinked = re.sub(r"\[([^\]]*)\]\([^)]*\)|</?\w[^>]*>", r"\1", text)
     return " ".join(re.sub(r"`|\*\*|(?<!\w)\*(?=\S)|(?<=\S)\*(?!\w)", "", unlinked).split())
-
-
-def _plain(answer: str) -> str:
-    return " ".join(answer.strip(" \t\n.()`'\"").casefold().split())
 
 
 def _in_words(kind: Any) -> str:

@@ -104,6 +104,7 @@ QUIZ = {
         otherwise=(
             "answer with the option that names the pool, in a form that Celery finds before it reads its options."
         ),
+        case=True,
     ),
     "05b-3": Question(
         right="d",

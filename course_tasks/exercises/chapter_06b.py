@@ -75,14 +75,11 @@ QUIZ = {
     "06b-1": Question(
         right="a",
         wrong={
-            "b": (
+            "b": "a worker doesn't share its reserved tasks with another worker. It keeps all of them.",
+            "c": "A reserves four messages for each of its slots. How many are that with ten slots?",
+            "d": (
                 "this counts A's ten running tasks as part of its limit. By default, they were acknowledged when "
                 "they started, so the limit doesn't include them."
-            ),
-            "c": "a worker doesn't hand back what it has reserved when another worker starts.",
-            "d": (
-                "this counts only the ten tasks that A is running. A also takes messages for tasks that it can't "
-                "start yet."
             ),
         },
     ),
@@ -135,7 +132,7 @@ QUIZ = {
     "06b-3": Question(
         right="c",
         wrong={
-            "a": "this takes away the reserved messages as well, so the slots would still be empty between tasks.",
+            "a": "with this option the worker reserves no messages either, so slots would still stay empty in between.",
             "b": (
                 "the visibility timeout decides when an unacknowledged message goes back to the queue. It doesn't "
                 "make a worker ask for messages sooner."

@@ -208,11 +208,16 @@ class LearnerTriesEverything(pytest.Item):
             question = asked.pop(name)
             rights = [question.right] if isinstance(question.right, str) else question.right
             for wrong, reason in question.wrong.items():
-                assert verdict(cell, f"quiz({name!r}, {wrong!r})") == f"✘ quiz {name}: {reason}"
+                said = verdict(cell, f"quiz({name!r}, {wrong!r})")
+                assert said.replace("`", "") == f"✘ quiz {name}: {reason}".replace("`", "")
             said = verdict(cell, f"quiz({name!r}, 'what?')")
-            assert said == f"✘ quiz {name}: {question.otherwise}" or "is not one of the choices: a, b, c" in said
+            assert (
+                said == f"✘ quiz {name}: {question.otherwise}".replace("`", "")
+                or "is not one of the choices: a, b, c" in said
+            )
             for right in rights:
-                said = verdict(cell, f"quiz({name!r}, {f' {right.upper()} '!r})")
+                given = f" {right if question.case else right.upper()} "
+                said = verdict(cell, f"quiz({name!r}, {given!r})")
                 assert re.fullmatch(rf"✔ quiz {name}: right\. \S.{{30,}}", said), "right, and explained"
 
         # what follows a log or a queue would change outputs later on
@@ -221,7 +226,7 @@ class LearnerTriesEverything(pytest.Item):
             again = run(cell)
             if cell.source == "%progress":
                 [row] = re.findall(rf"(?m)^{chapter(self.path)} .*", again.outputs[0].data["text/plain"])
-                assert row.endswith("✔ complete, ▶ you stopped here"), row
+                assert row.endswith("✔ complete, ▶ you are here"), row
                 continue
             if "setup" not in cell.metadata.get("tags", []):  # where IPython says that the extension is loaded
                 assert record.comparable(again) == record.comparable(cell), f"{cell.id}, run for the second time"

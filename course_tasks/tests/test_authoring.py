@@ -80,6 +80,8 @@ def test_the_stored_outputs_are_those_of_one_run(pair, tmp_path):
     os.environ["WORD"] = "second"
     assert record.record(path) == [cells[1].id]
     assert outputs()[0] > first[0] and outputs()[2] > outputs()[0], "the cell that says the same is of this run, too"
+    second = outputs()
+    assert record.record(path, anew=True) == [] and outputs()[0] > second[0]
     del os.environ["WORD"]
 
 

@@ -249,7 +249,7 @@ def test_answers_are_counted_and_the_map_leads_to_the_next_chapter_in_both_theme
     api.expect(said).to_contain_text("✔ quiz 00-1: right. send_task had already handed")
     rows = said.locator("table[aria-label='Your progress'] tr")
     api.expect(rows).to_have_count(len(CHAPTERS) + 2)
-    api.expect(rows.nth(1)).to_have_text("00 Welcome1 of 31 of 4▶ you stopped here")
+    api.expect(rows.nth(1)).to_have_text("00 Welcome1 of 31 of 4▶ you are here")
     for theme in ("dark", "light"):
         switch(page, theme)
         for what in ("a", "td", "th"):

@@ -230,7 +230,7 @@ def test_a_copy_that_was_changed_stays_and_one_line_says_how_to_get_the_newer_on
     change(copy)
     used.one.write_text(json.dumps(copy))
     before = used.one.read_text()
-    how = "To get it (yours is kept): python3 -m course_tasks reset 00"
+    how = "You have changed yours, so it stays. To get the new one and keep yours: python3 -m course_tasks reset 00"
     assert used.update() == f"my_notebooks/00_one.ipynb: there is a newer version. {how}"
     assert used.one.read_text() == before
     assert used.version("00b_two.ipynb") == 2
@@ -283,17 +283,18 @@ def test_reset_keeps_the_old_copy_under_a_name_that_nothing_has(used):
     (used.mine / "old" / "00_one-2").write_text("a file")
     code, out, err = used.reset("00", "my_notebooks/00b_two.ipynb", "00_one")
     assert (code, err) == (0, "")
-    end = "(is it open? File > Reload Notebook from Disk).\n"
+    end = "If it is open: File > Reload Notebook from Disk.\n"
+    fresh = "is a fresh copy now. Your old copy is"
     assert out == (
-        f"my_notebooks/00_one.ipynb is fresh. Yours is now my_notebooks/old/00_one-3/00_one.ipynb {end}"
-        f"my_notebooks/00b_two.ipynb is fresh. Yours is now my_notebooks/old/00b_two-1/00b_two.ipynb {end}"
+        f"my_notebooks/00_one.ipynb {fresh} my_notebooks/old/00_one-3/00_one.ipynb. {end}"
+        f"my_notebooks/00b_two.ipynb {fresh} my_notebooks/old/00b_two-1/00b_two.ipynb. {end}"
     )
     assert used.holds(one) and used.holds(two)
     assert (others / "00_one.ipynb").read_text() == "somebody else's"
     assert (used.mine / "old" / "00_one-2").read_text() == "a file"
     assert used.version() == used.version("00b_two.ipynb") == 2
     used.one.unlink()
-    assert used.reset("00") == (0, "my_notebooks/00_one.ipynb is fresh.\n", "")
+    assert used.reset("00") == (0, "my_notebooks/00_one.ipynb is a fresh copy now.\n", "")
 
 
 @pytest.mark.parametrize(

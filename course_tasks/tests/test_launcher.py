@@ -452,12 +452,13 @@ def test_servers_holds_the_pair_until_it_is_stopped(installed, end, request, clo
     broker, backend = installed.ports.values()
     process = installed.start("servers", **server)
     request.addfinalizer(process.kill)  # which does nothing once it has ended
-    lines = [process.stdout.readline() for _ in range(4)]
-    script = lines[2].removeprefix("In another terminal, first type: . ").rstrip()
+    lines = [process.stdout.readline() for _ in range(5)]
+    script = lines[3].removeprefix(". ").rstrip()
     assert lines == [
         f"Broker:  redis://localhost:{broker}/0\n",
         f"Backend: redis://localhost:{backend}/0\n",
-        f"In another terminal, first type: . {script}\n",
+        "In another terminal, type this line first:\n",
+        f". {script}\n",
         "Ctrl-C ends this.\n",
     ]
     url = subprocess.check_output(["sh", "-c", f". {script}; echo $CELERY_BROKER_URL"], text=True).split()[-1]

@@ -60,8 +60,9 @@ def test_servers_says_which_database_and_how_a_terminal_joins_and_shows_no_passw
         assert lines == [
             f"broker:  redis://localhost:{port['broker']}/50",
             f"backend: redis://localhost:{port['backend']}/50",
-            "Database 50 belongs to 05_pools alone. In a terminal outside JupyterLab, or one that is open already, "
-            f"first type: . {shlex.quote(str(script))}",
+            "Database 50 belongs to 05_pools alone. To use it in a terminal outside JupyterLab, or in one that was "
+            "open before, type this there first:",
+            f". {shlex.quote(str(script))}",
         ]
         assert kernel.text("%servers").splitlines() == lines
         [pane] = kernel.run("%%terminal one\necho $CELERY_BROKER_URL $CELERY_RESULT_BACKEND $REDISCLI_AUTH")
@@ -135,9 +136,9 @@ def test_on_the_users_own_servers_workers_that_answer_are_listed_and_those_of_th
         said = two.text("%servers")
         assert re.fullmatch(
             r"broker:  redis://127.0.0.1:\d+/0\nbackend: redis://127.0.0.1:\d+/0\n"
-            r"Workers that answer here already, and may take this notebook's tasks:\n"
+            r"These workers already use this broker, and they may take this notebook's tasks:\n"
             rf"  {mark}-one@\S+: worker of 05_pools\n"
-            rf"  {mark}-two@\S+: not from a notebook of this course\n"
+            rf"  {mark}-two@\S+: not from this copy of the course\n"
             r"%stop --everywhere stops those that belong to notebooks of this course\.\n",
             said,
         )

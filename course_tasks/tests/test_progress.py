@@ -102,7 +102,7 @@ def test_a_damaged_file_is_set_aside_and_the_verdict_comes_all_the_same(mine, ca
         check("00-3", "PENDING")
         kept = mine / "old" / f"progress-{number}" / "progress.json"
         assert capsys.readouterr().out == (
-            f"{RIGHT}\nYour progress file was damaged. It is now {kept}, and a new one begins.\n"
+            f"{RIGHT}\nYour progress file was damaged. It was moved to {kept}, and a new one was started.\n"
         )
         assert kept.read_bytes() == damaged
         assert saved(mine)["exercises"] == {"00-3": "right"}
@@ -111,7 +111,7 @@ def test_a_damaged_file_is_set_aside_and_the_verdict_comes_all_the_same(mine, ca
 def test_a_folder_in_the_place_of_the_file_is_set_aside(mine, capsys):
     (mine / "progress.json").mkdir(parents=True)
     quiz("00-3", ...)
-    assert "Your progress file was damaged. It is now" in capsys.readouterr().out
+    assert "Your progress file was damaged. It was moved to" in capsys.readouterr().out
     assert saved(mine)["quiz"] == {"00-3": "open"} and (mine / "old" / "progress-1" / "progress.json").is_dir()
 
 
@@ -156,19 +156,19 @@ def test_the_map_shows_every_chapter_and_where_the_learner_stopped(mine, monkeyp
     assert heading.split() == ["Chapter", "Exercises", "Quiz", "State"]
     assert [row.split()[0] for row in rows] == list(copies.chapters())
     marked = {row.split()[0]: row.split("  ")[-1].strip() for row in rows if re.search("[✔▶]", row)}
-    assert marked == {"01": "✔ complete", "05b": "▶ you stopped here"}
+    assert marked == {"01": "✔ complete", "05b": "▶ you are here"}
     page = output.data["text/html"]
     links = re.findall(r'<th scope="row"[^>]*><a href="([^"]+)">', page)
     assert links == [path.name for path in copies.chapters().values()]
     assert page.count('<th scope="col"') == 4 and page.count("<tr") == page.count("</tr>") == len(rows) + 1
-    assert "✔ complete" in page and "▶ you stopped here" in page
+    assert "✔ complete" in page and "▶ you are here" in page
 
 
 @pytest.mark.parametrize(
     "question, answer, line",
     [
-        ("00-9", "a", "There is no quiz question '00-9': the name in the course's own cell has to stay as it was."),
-        (None, "a", "There is no quiz question None: the name in the course's own cell has to stay as it was."),
+        ("00-9", "a", f"There is no quiz question '00-9'. {exercises.RENAMED}"),
+        (None, "a", f"There is no quiz question None. {exercises.RENAMED}"),
         ("00-1", ..., "☐ quiz 00-1: still to do. Put your answer in place of the dots, and run this cell again."),
         ("00-1", " … ", "☐ quiz 00-1: still to do. Put your answer in place of the dots, and run this cell again."),
         ("00-1", "x", "✘ quiz 00-1: 'x' is not one of the choices: a, b, c."),

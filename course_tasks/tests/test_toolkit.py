@@ -61,13 +61,13 @@ def test_collect_keeps_the_order_of_the_results(client):
 
 
 def test_tasks_that_bring_no_spans_have_one_clear_line(client):
-    with one_line("Task ", "returned 9, not who ran it and when. Send wait or compute"):
+    with one_line("Task ", "returned 9. Only the tasks wait and compute"):
         run_tasks(client, "add", args=(4, 5))
     with one_line("ended as FAILURE (ZeroDivisionError: ", "%tail"):
         run_tasks(client, "divide", args=(1, 0))
     with one_line("ended as FAILURE (NotRegistered: "):
         run_tasks(client, "no-such-task")
-    with one_line("Only 0 of 2 tasks were done after 0.2 s.", "Is a worker running that takes queue 'nobody'?"):
+    with one_line("Only 0 of 2 tasks were done after 0.2 s.", "Is a worker running that reads queue 'nobody'?"):
         run_tasks(client, "wait", args=(0.1,), count=2, queue="nobody", timeout=0.2)
     with one_line("Only 0 of 1 tasks", "their queue"):
         collect([client.send_task("wait", args=(0.1,), queue="nobody")], timeout=0.2)
@@ -105,7 +105,7 @@ LATE = "print('asking', flush=True); print(ask_worker(Celery(), 'late', seconds=
 
 
 def test_a_worker_that_does_not_answer_and_a_wrong_question_have_one_clear_line(client):
-    with one_line(f"No worker called w9@{socket.gethostname()} answers within 0.3 s. Is it running?", "solo"):
+    with one_line(f"No worker called w9@{socket.gethostname()} has answered within 0.3 s. Is it running?", "solo"):
         ask_worker(client, "w9", seconds=0.3)
     with one_line("A worker has no answer to 'shutdown'. You can ask for stats, active"):
         ask_worker(client, "w1", "shutdown")
