@@ -25,6 +25,7 @@ import difflib
 import errno
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -69,19 +70,17 @@ def start_pair():
     return pair
 
 
-def port_problem(options):
-    """Say what is wrong with the port that `lab` is given; "" if nothing is, or there is none.
-
-    JupyterLab is told not to look for another port: whoever forwards a port to this machine would meet a stranger.
-    """
+def port_asked(options):
+    """The port that `lab` is asked to use, as it was typed; None if JupyterLab may choose one."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--port", "--ServerApp.port", nargs="?")
-    port = parser.parse_known_args(options)[0].port
-    if port is None:
-        return ""
-    if not port.isdigit() or int(port) > 65535:
-        return f"--port takes a number up to 65535, not {port}."
-    options.append("--ServerApp.port_retries=0")
+    return parser.parse_known_args(options)[0].port
+
+
+def port_problem(port):
+    """Say in a line what is wrong with a port for JupyterLab; "" if nothing is."""
+    if not re.match(r"[0-9]{1,5}$", port) or int(port) > 65535:
+        return f"--port takes a number up to 65535, not {port or 'nothing'}."
     for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
         try:
             socket.create_server((host, int(port)), family=family).close()
@@ -100,9 +99,13 @@ def lab(options):
     """
     from course_tasks import copies
 
-    problem = port_problem(options)
-    if problem:
-        return complain(problem)
+    port = port_asked(options)
+    if port is not None:
+        problem = port_problem(port)
+        if problem:
+            return complain(problem)
+        # people forward this port to their laptops, and on the next one they would meet a stranger
+        options = [*options, "--ServerApp.port_retries=0"]
     start_pair()
     for line in copies.update():
         print(line, flush=True)

@@ -19,6 +19,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -39,7 +40,11 @@ def folder() -> Path:
 
 def chapters() -> dict[str, Path]:
     """The course's notebooks by the number that their names begin with: "05b" for `notebooks/05b_pool_limits.ipynb`."""
-    return {number(path.name): path for path in sorted(NOTEBOOKS.glob("*.ipynb"))}
+    found: dict[str, Path] = {}
+    for path in sorted(NOTEBOOKS.glob("[0-9][0-9]*_*.ipynb")):
+        if re.fullmatch(r"\d\d[a-z]?", number(path.name)):  # any other notebook there is the learner's
+            found.setdefault(number(path.name), path)
+    return found
 
 
 def number(name: str) -> str:
@@ -238,7 +243,8 @@ def locked(place: Path) -> Iterator[None]:
                     raise OSError(errno.EBUSY, "another command of the course is using it", str(place)) from None
                 time.sleep(0.01)
         for leftover in place.glob(".new-*"):
-            leftover.unlink()
+            with contextlib.suppress(OSError):  # a folder, which is nobody's leftover
+                leftover.unlink()
         _remove_empty(*place.glob("old/*-[0-9]*"))
         yield
     finally:

@@ -49,7 +49,7 @@ def note(chapter: str, kind: str = "", name: str = "", state: str = "") -> tuple
         with copies.locked(path.parent):
             try:
                 progress = _read()
-            except (OSError, ValueError):
+            except (IsADirectoryError, ValueError):
                 kept = copies.set_aside(path)
                 notice = (
                     f"Your progress file was damaged. It was moved to {copies.shown(kept)}, and a new one was started."

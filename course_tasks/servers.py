@@ -32,6 +32,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -56,7 +57,8 @@ CONTAINER_DIR = "/data"  # the server's option dir in a container of the officia
 VARIABLES = {"broker": "CELERY_BROKER_URL", "backend": "CELERY_RESULT_BACKEND"}
 MINIMUM = (6, 2)  # kombu needs it
 DATABASES = 256  # of each server of our own
-SPARE = range(200, DATABASES)  # those that belong to no chapter
+OTHERS = range(160, 200)  # those of notebooks that are no chapters
+SPARE = range(200, DATABASES)  # those of a second kernel of the same notebook; they are emptied when they are taken
 CLONE = Path(__file__).resolve().parents[1]
 
 GRACE = 2.0  # seconds without a lease before the guard stops the pair
@@ -108,7 +110,8 @@ def ensure(notebook: str | None = None) -> Pair:
     Raises:
         ServerError: there are no usable servers.
     """
-    return _pair_of_environment(PATIENCE) or _share_or_start(runtime_directory(), _ports_to_try(), notebook)
+    with _one_thread:
+        return _pair_of_environment(PATIENCE) or _share_or_start(runtime_directory(), _ports_to_try(), notebook)
 
 
 def private(directory: str | Path) -> Pair:
@@ -391,6 +394,17 @@ def _owner_or_compose(ports: dict[str, int], seconds: float) -> str:
 
 _leases: dict[Path, int] = {}  # runtime directory: a file descriptor, open until the process ends
 _databases: dict[Path, tuple[int, int]] = {}  # runtime directory: a database, and a descriptor as above
+_one_thread = threading.RLock()  # a notebook's subshells are threads
+
+
+def _leave_databases() -> None:
+    """In a process that was forked: the databases are the parent's, for as long as that lives."""
+    for _, descriptor in _databases.values():
+        os.close(descriptor)
+    _databases.clear()
+
+
+os.register_at_fork(after_in_child=_leave_databases)
 
 
 @dataclass
@@ -474,13 +488,21 @@ def _hold(directory: Path) -> None:
         os.set_inheritable(_leases[directory], True)
 
 
-def _take_database(directory: Path, notebook: str) -> int:
+def _take_database(directory: Path, notebook: str, state: _State) -> int:
     """Take a database for this process until it ends: the one that it has, the notebook's own, or a spare one."""
     if directory in _databases and _is_at(_databases[directory][1], directory / f"{_databases[directory][0]}.lock"):
         return _databases[directory][0]
     for number in (_preferred_database(notebook), *SPARE):
         descriptor = os.open(directory / f"{number}.lock", os.O_RDWR | os.O_CREAT, 0o600)
         if _locked(descriptor, fcntl.LOCK_EX):
+            if number in SPARE:  # whatever is left there is some other notebook's
+                for url in _urls(state.ports, state.password, number):
+                    try:
+                        with _client(url, PATIENCE) as server:
+                            server.flushdb()
+                    except ValueError as error:
+                        os.close(descriptor)
+                        raise ServerError(f"{without_secrets(url)} is not emptied: {error}.") from None
             _databases[directory] = number, descriptor
             return number
         os.close(descriptor)
@@ -488,10 +510,10 @@ def _take_database(directory: Path, notebook: str) -> int:
 
 
 def _preferred_database(notebook: str) -> int:
-    """00_welcome: 0, 05_pools: 50, 05b_pool_limits: 51, without a name: 0, any other: one of SPARE."""
-    if chapter := re.match(r"([01]\d)([b-j]?)(?![^\W_])", notebook):
+    """00_welcome: 0, 05_pools: 50, 05b_pool_limits: 51, without a name: 0, any other: one of OTHERS."""
+    if chapter := re.match(r"(0\d|1[0-5])([b-j]?)(?![^\W_])", notebook):
         return 10 * int(chapter[1]) + (ord(chapter[2]) - ord("a") if chapter[2] else 0)
-    return SPARE[zlib.crc32(notebook.encode()) % len(SPARE)] if notebook else 0
+    return OTHERS[zlib.crc32(notebook.encode()) % len(OTHERS)] if notebook else 0
 
 
 def _healthy(directory: Path) -> _State | None:
@@ -516,7 +538,7 @@ def _share_or_start(directory: Path, wanted: dict[str, int] | None, notebook: st
                 state = _healthy(directory) or _start_new(directory, wanted, start)
             finally:
                 os.close(start)
-        database = 0 if notebook is None or not state else _take_database(directory, notebook)
+        database = 0 if notebook is None or not state else _take_database(directory, notebook, state)
         pair = _own_pair(state, directory, database) if state else _compose_pair(wanted or DEFAULT_PORTS)
         variables = {VARIABLES[role]: getattr(pair, role) for role in ROLES} | {"COURSE_RUNTIME": str(directory)}
         if state:
@@ -552,8 +574,8 @@ def _start_new(directory: Path, wanted: dict[str, int] | None, start: int) -> _S
         return None
     binary, _ = find_server()
     for attempt in range(4):  # a port that was free may be taken a moment later
-        # Clients of the last pair try to connect again, and tell its password to whoever listens on its ports. So only
-        # a pair on these very ports may have the same.
+        # Clients of a pair that was lost in use try to connect again, and tell its password to whoever listens on its
+        # ports. So only a pair that takes its place on these very ports has the same, for those clients to go on.
         password = secrets.token_hex(16)
         if wanted and attempt == 0 and owner == "nobody":
             ports, notice = wanted, ""
@@ -583,9 +605,14 @@ def _end_what_is_left(directory: Path) -> _State | None:
                     os.kill(server, signal.SIGKILL)
                 os.close(_lock(directory / f"{role}.log", fcntl.LOCK_SH, PATIENCE))
             os.close(log)
-    for name in ("pair.json", "latest.sh"):
-        (directory / name).unlink(missing_ok=True)
+    _forget(directory)
     return state
+
+
+def _forget(directory: Path) -> None:
+    """Remove what was written about a pair and its password."""
+    for file in (directory / "pair.json", *directory.glob("*.sh")):
+        file.unlink(missing_ok=True)
 
 
 def _start(directory: Path, state: _State, binary: str, start: int) -> str:
@@ -611,6 +638,7 @@ def _guard(binary: str, start: str) -> None:
     os.umask(0o077)
     state.guard = os.getpid()
     servers: dict[str, subprocess.Popen] = {}
+    needed = True
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     with Path("lease").open() as lease, Path("pair.json.new").open("w") as file:
         try:
@@ -633,6 +661,7 @@ def _guard(binary: str, start: str) -> None:
                 if not _locked(lease.fileno(), fcntl.LOCK_EX):
                     used = time.monotonic()
                 elif time.monotonic() - used > GRACE:
+                    needed = False
                     break  # keeping the lease locked: who comes now waits for the end, and starts a new pair
                 else:
                     fcntl.flock(lease, fcntl.LOCK_UN)
@@ -641,6 +670,8 @@ def _guard(binary: str, start: str) -> None:
             for server in servers.values():  # they keep nothing on disk, so there is nothing to save
                 server.kill()
                 server.wait()
+            if not needed:  # so the next pair has another password
+                _forget(Path.cwd())
 
 
 def _server(role: str, binary: str, state: _State) -> subprocess.Popen:

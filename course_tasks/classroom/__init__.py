@@ -45,4 +45,6 @@ def load_ipython_extension(ipython) -> None:
     ipython.push({"quiz": quiz})
     chapter = copies.number(notebook_name())
     if chapter in copies.chapters():
-        progress.note(chapter)
+        _, trouble = progress.note(chapter)
+        if trouble:
+            print(trouble)

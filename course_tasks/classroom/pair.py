@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shlex
+import socket
 from pathlib import Path
 
 import psutil
@@ -65,10 +66,11 @@ def _workers(broker: str) -> list[str]:
             answers = app.control.broadcast("stats", reply=True, timeout=PATIENCE, connection=connection)
     except Exception:  # `ensure` has just reached this broker; if it goes away now, the next cell says so
         return []
-    for node, stats in sorted(pair for answer in answers for pair in answer.items()):
+    for node, stats in sorted((pair for answer in answers for pair in answer.items()), key=lambda pair: pair[0]):
         owner = ""
-        with contextlib.suppress(psutil.Error, KeyError, TypeError):  # it runs elsewhere, or as another user
-            process = psutil.Process(stats["pid"])
+        with contextlib.suppress(psutil.Error, KeyError, TypeError):  # it has ended, or is another user's
+            # the number of a process in a container or on another machine means nothing here
+            process = psutil.Process(stats["pid"] if node.endswith(f"@{socket.gethostname()}") else None)
             if os.getpid() in (parent.pid for parent in process.parents()):
                 continue
             owner = whose(process)

@@ -64,7 +64,7 @@ def main(command: str, group: bool) -> int:
         if wake in ready and signal.SIGUSR1 in os.read(wake, 64):
             orders += b"t"
         for order in orders:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: all of the group are zombies
                 if order == ord("k"):
                     os.killpg(pid, signal.SIGKILL)
                 elif group:
@@ -75,7 +75,8 @@ def main(command: str, group: bool) -> int:
                 readers.remove(0)
                 deadline = time.monotonic() + GRACE
         if deadline is not None and time.monotonic() >= deadline:
-            os.killpg(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
         status = _reap(pid)
     _sweep(pid)
     while terminal in readers and select.select([terminal], [], [], 0)[0] and _copy(terminal):

@@ -415,17 +415,23 @@ class TerminalMagics(Magics):
     def _stop_everywhere(self, timeout: float) -> None:
         own = [terminal for terminal in self.terminals.values() if terminal.running]
         pids = {terminal.process.pid for terminal in own}
-        others = {process: whose for process, whose in supervisors() if process.pid not in pids}
+        others = {process: name for process, name in supervisors() if process.pid not in pids}
         for process in others:
             with contextlib.suppress(psutil.Error):
                 process.send_signal(signal.SIGUSR1)
+        for terminal in own:
+            terminal.order(b"t")
         deadline = time.monotonic() + timeout
-        self._end(own, b"t", timeout)
+        for terminal in own:
+            terminal.wait(lambda: not terminal.running, deadline - time.monotonic())  # noqa: B023
         _, busy = psutil.wait_procs(others, max(0.0, deadline - time.monotonic()))
-        said = [f"{terminal.name} of this notebook: {terminal.state}" for terminal in own]
-        said += [f"{whose}: {'still busy' if process in busy else 'stopped'}" for process, whose in others.items()]
-        print("\n".join(said) or "Nothing is running.")
-        if busy:
+        own_busy = [terminal for terminal in own if terminal.running]
+        ends = [(f"{terminal.name} of this notebook", terminal in own_busy) for terminal in own]
+        ends += [(name, process in busy) for process, name in others.items()]
+        print(
+            "\n".join(f"{name}: {'still busy' if late else 'stopped'}" for name, late in ends) or "Nothing is running."
+        )
+        if busy or own_busy:
             raise ClassroomError(
                 f"Some are still busy after {timeout:g} s, because a warm stop waits for running tasks. "
                 "Wait and run this again, or use %kill in their notebooks."

@@ -172,7 +172,7 @@ def _servers_answer() -> Iterator[None]:
     """Turn the errors of servers that are away into one line."""
     try:
         yield
-    except (OperationalError, RedisError, ConnectionError) as error:
+    except (OperationalError, RedisError, ConnectionError, RuntimeError) as error:  # the last one is the backend's
         trouble = " ".join(str(error).split())
         raise ClassroomError(f"The broker or the backend doesn't answer ({trouble}). Run %servers.") from None
 
@@ -260,7 +260,7 @@ def memory(pid: int) -> float:
         48.2
     """
     try:
-        process = psutil.Process(pid)
+        process = psutil.Process(int(pid))
         try:
             return process.memory_full_info().uss / 1e6
         except psutil.AccessDenied:

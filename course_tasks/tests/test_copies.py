@@ -146,6 +146,15 @@ def clone(tmp_path):
     return Clone(tmp_path / "Kurs für Åsa")
 
 
+def test_a_notebook_of_the_learners_own_beside_the_chapters_is_no_chapter(clone):
+    for name in ("00_one_mine.ipynb", "Untitled.ipynb", "v1.2.ipynb", "12monkeys_x.ipynb"):
+        (clone.root / "notebooks" / name).write_text("")
+    assert clone.update() == ""
+    assert sorted(path.name for path in clone.mine.glob("*.ipynb")) == ["00_one.ipynb", "00b_two.ipynb"]
+    (clone.mine / ".new-folder").mkdir()
+    assert clone.update() == ""
+
+
 @pytest.fixture
 def used(clone):
     """A clone whose copies have been made, and whose course has then got a newer version."""
@@ -159,7 +168,7 @@ def test_the_copies_of_the_course_have_no_outputs_and_all_their_links_work(tmp_p
     ignored = shutil.ignore_patterns(".ipynb_checkpoints")
     shutil.copytree(kernels.NOTEBOOKS, clone.root / "notebooks", dirs_exist_ok=True, ignore=ignored)
     shutil.copy(ROOT / "README.md", clone.root)
-    clone.deliver(1)
+    (clone.root / "notebooks" / "00_one.ipynb").unlink()  # the course has a chapter of that number
     assert clone.update() == clone.update() == ""
     found = sorted(clone.mine.glob("*.ipynb"))
     assert {path.name for path in kernels.NOTEBOOKS.glob("*.ipynb")} < {path.name for path in found}

@@ -33,7 +33,6 @@ from jupyter_client import BlockingKernelClient
 from redis import AuthenticationError, Redis
 
 from course_tasks import servers
-from course_tasks.__main__ import port_problem
 from course_tasks.install import ROOT, VENV
 from course_tasks.tests.plugin import free_ports, listens, until
 
@@ -745,15 +744,17 @@ def test_a_port_that_is_taken_is_refused_before_jupyterlab_starts(tmp_path, opti
 
 
 @real
-@pytest.mark.parametrize("value", ["abc", "70000", "-1"])
+@pytest.mark.parametrize("value", ["abc", "70000", "-1", "²"])
 def test_what_is_no_port_is_refused_in_one_line(tmp_path, value):
     code, out, err = ended(start_real(tmp_path, "lab", f"--port={value}"))
     assert (code, out, err) == (1, "", f"course_tasks: --port takes a number up to 65535, not {value}.\n")
 
 
 @real
-def test_jupyterlab_itself_is_told_not_to_take_another_port():
-    options = ["--no-browser", "--port", str(next(free_ports()))]
-    assert port_problem(options) == "" and "--ServerApp.port_retries=0" in options
-    options = ["--no-browser"]
-    assert port_problem(options) == "" and options == ["--no-browser"]
+@pytest.mark.parametrize("words", [["--port"], ["--ServerApp.port"], []])
+def test_jupyterlab_itself_is_told_not_to_take_another_port_if_one_is_asked_for(tmp_path, words):
+    given = [f"{words[0]}={next(free_ports())}"] if words else []
+    code, out, _ = ended(start_real(tmp_path, "lab", *given, "--show-config-json"))
+    assert code == 0
+    server = json.loads(out[out.index("{") :])["ServerApp"]
+    assert ("port_retries" in server) == bool(words) and server.get("port_retries", 0) == 0

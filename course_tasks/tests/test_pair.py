@@ -16,6 +16,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from redis import Redis
 
 from course_tasks import servers
 from course_tasks.authoring import kernels, record
@@ -30,7 +31,7 @@ WORKER = "python -m celery -A course_tasks worker --loglevel=INFO --pool=solo --
 
 
 @contextlib.contextmanager
-def notebook(name=None, **variables):
+def notebook(name=None, loaded=True, **variables):
     """A kernel that Jupyter Server has started for a notebook of this name; None for a variable takes it away."""
     given = kernels.kernel_environment() | variables
     if name is not None:
@@ -38,7 +39,7 @@ def notebook(name=None, **variables):
     with kernels.kernel_manager() as manager:
         environment = {variable: value for variable, value in given.items() if value is not None}
         manager.start_kernel(env=environment, cwd=str(kernels.NOTEBOOKS))
-        kernel = Kernel(manager)
+        kernel = Kernel(manager, loaded)
         try:
             yield kernel
         finally:
@@ -124,22 +125,23 @@ def test_on_the_users_own_servers_workers_that_answer_are_listed_and_those_of_th
         own = {name: value for name, value in own.items() if not name.startswith("COURSE_")}
         assert len(one.text("%servers").splitlines()) == 2, "no worker answers yet, and no database is its own"
         one.run(f"%%terminal worker\n{WORKER} -n {mark}-one@%h")
-        stranger = subprocess.Popen(
-            [sys.executable, *shlex.split(WORKER)[1:], "-n", f"{mark}-two@%h"],
-            env=own, cwd=kernels.ROOT, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        stack.callback(stranger.communicate)
-        stack.callback(stranger.kill)
-        for line in stranger.stderr:
-            if " ready." in line:
-                break
+        for _ in range(2):  # of one name, as chapter 00's worker has it everywhere
+            stranger = subprocess.Popen(
+                [sys.executable, *shlex.split(WORKER)[1:], "-n", f"{mark}-two@%h"],
+                env=own, cwd=kernels.ROOT, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            stack.callback(stranger.communicate)
+            stack.callback(stranger.kill)
+            for line in stranger.stderr:
+                if " ready." in line:
+                    break
         said = two.text("%servers")
         assert re.fullmatch(
             r"broker:  redis://127.0.0.1:\d+/0\nbackend: redis://127.0.0.1:\d+/0\n"
             r"These workers already use this broker, and they may take this notebook's tasks:\n"
             rf"  {mark}-one@\S+: worker of 05_pools\n"
-            rf"  {mark}-two@\S+: not from this copy of the course\n"
-            r"%stop --everywhere stops those that belong to notebooks of this course\.\n",
+            rf"(?:  {mark}-two@\S+: not from this copy of the course\n){{2}}"
+            r"%stop --everywhere stops those that notebooks of this copy of the course have started\.\n",
             said,
         )
         assert f"{mark}-one@" not in one.text("%servers"), "its own workers are no news"
@@ -214,6 +216,24 @@ def test_a_terminal_that_is_busy_elsewhere_is_said_so(pair, mark):  # noqa: F811
         one.run("%kill one")
 
 
+def test_a_terminal_of_ones_own_that_is_busy_does_not_hide_how_the_others_ended(pair, mark):  # noqa: F811
+    deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print('{mark} ready.', flush=True); time.sleep(600)"
+    with notebook("05_pools") as one, notebook("06_concurrency") as two:
+        for kernel, script in ((one, cell(mark)), (two, cell(mark, script=deaf))):
+            kernel.run("%servers")
+            kernel.run(script)
+        [said, error] = two.run("%stop --everywhere --timeout 5")
+        assert said["text"] == "one of this notebook: still busy\none of 05_pools: stopped\n"
+        assert error["traceback"] == [error["evalue"]]
+        two.run("%kill one")
+
+
+def test_the_first_cell_says_that_the_progress_file_was_damaged(tmp_path):
+    (tmp_path / "progress.json").write_text("{")
+    with notebook("05_pools", COURSE_MY_NOTEBOOKS=str(tmp_path), loaded=False) as kernel:
+        assert kernel.text("%load_ext course_tasks.classroom").startswith("Your progress file was damaged. It was")
+
+
 # --- ten at once --------------------------------------------------------------------------------------------
 
 
@@ -248,6 +268,12 @@ def wrong_cells(number, name, outputs):
 
 def test_ten_kernels_at_once_on_one_pair_have_no_wrong_cell(pair):
     wrong = {}
+    owned = {servers._preferred_database(name) for name in TEN}
+    others = [number for number in range(servers.DATABASES) if number not in owned and number not in servers.SPARE]
+    url = pair.broker.rpartition("/")[0]
+    for number in others:  # a worker that reads another notebook's queue takes this
+        with Redis.from_url(f"{url}/{number}") as broker:
+            broker.lpush("celery", "bait")
     for turn in range(ROUNDS):
         outputs = []
         with ThreadPoolExecutor(len(TEN)) as together:
@@ -257,6 +283,9 @@ def test_ten_kernels_at_once_on_one_pair_have_no_wrong_cell(pair):
         databases = Counter(re.findall(r"Database (\d+) belongs to", "".join(outputs)))
         assert len(databases) == len(TEN) and set(databases.values()) == {1}
         assert not any(password(pair) in output for output in outputs)
+        for number in others:
+            with Redis.from_url(f"{url}/{number}") as broker:
+                assert broker.lrange("celery", 0, -1) == [b"bait"]
         if not wrong:
             return
     pytest.fail("\n".join(f"{TEN[number]}, {name}: {got}" for (number, name), got in wrong.items()))

@@ -1,5 +1,6 @@
 """What a learner has answered is remembered, whatever happens to the file; and `quiz` where no chapter shows it."""
 
+import errno
 import json
 import os
 import re
@@ -113,6 +114,20 @@ def test_a_folder_in_the_place_of_the_file_is_set_aside(mine, capsys):
     quiz("00-3", ...)
     assert "Your progress file was damaged. It was moved to" in capsys.readouterr().out
     assert saved(mine)["quiz"] == {"00-3": "open"} and (mine / "old" / "progress-1" / "progress.json").is_dir()
+
+
+def test_a_file_that_cannot_be_read_now_is_not_a_damaged_one(mine, capsys, monkeypatch):
+    progress.note("00", "exercises", "00-1", "right")
+    before = saved(mine)
+
+    def no_file_left():
+        raise OSError(errno.EMFILE, "Too many open files", str(mine / "progress.json"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "_read", no_file_left)
+        check("00-3", "PENDING")
+    assert "Your progress can't be saved: Too many open files" in capsys.readouterr().out
+    assert saved(mine) == before and not (mine / "old").exists()
 
 
 def test_where_nothing_can_be_saved_one_line_says_so(mine, capsys):

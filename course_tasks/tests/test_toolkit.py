@@ -5,12 +5,15 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 from celery import Celery
+from redis import Redis
 
 from course_tasks.classroom import ClassroomError, Spans, ask_worker, collect, follow_log, memory, run_tasks, wait_until
-from course_tasks.tests.plugin import free_ports
+from course_tasks.servers import find_server
+from course_tasks.tests.plugin import free_ports, listens, until
 from course_tasks.tests.test_live import addressed, working
 
 
@@ -123,6 +126,29 @@ def test_memory_is_the_processs_own_in_megabytes():
     assert 95 < sizes[1] - sizes[0] < 105
     with one_line(f"There is no process {process.pid}. Has it ended?"):
         memory(process.pid)
+    with one_line("There is no process None."):
+        memory(None)
+
+
+def test_a_backend_that_goes_away_while_results_are_collected_is_one_line(monkeypatch):
+    port = next(free_ports())
+    with subprocess.Popen([find_server()[0], "--port", str(port), "--save", ""], stdout=subprocess.DEVNULL) as server:
+        until(lambda: listens(port), "the server listens")
+        monkeypatch.setenv("CELERY_RESULT_BACKEND", f"redis://localhost:{port}/0")
+        client = Celery(set_as_current=False)
+        client.conf.result_backend_transport_options = {"retry_policy": {"max_retries": 1}}
+        result = client.AsyncResult("nobody-sends-this")
+        asked = threading.Thread(target=lambda: until(lambda: heard(port), "collect listens") and server.kill())
+        asked.start()
+        with one_line("The broker or the backend doesn't answer", "Run %servers."):
+            collect([result], timeout=30)
+        asked.join()
+
+
+def heard(port: int) -> bool:
+    """Whether somebody has subscribed to a result on this server."""
+    with Redis(port=port) as server:
+        return bool(server.pubsub_channels())
 
 
 def test_without_a_notebook_it_says_so():
