@@ -424,7 +424,8 @@ def test_a_spare_database_is_empty_for_who_takes_it(home):
 
 def test_a_forked_child_does_not_keep_its_kernels_database(home):
     code = "tell(servers.ensure, '06_concurrency')\nimport os, time\n"
-    code += "if os.fork() == 0:\n    time.sleep(60)\n    os._exit(0)"
+    code += "if os.fork() == 0:\n    null = os.open(os.devnull, os.O_RDWR)\n"
+    code += "    for number in range(3):\n        os.dup2(null, number)\n    time.sleep(60)\n    os._exit(0)"
     process, pair = home.hold(code)
     children = psutil.Process(process.pid).children()
     end(process)
