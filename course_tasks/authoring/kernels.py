@@ -10,9 +10,8 @@ import nbformat
 from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 
-from course_tasks.install import ROOT
+from course_tasks.copies import NOTEBOOKS as NOTEBOOKS
 
-NOTEBOOKS = ROOT / "notebooks"
 CELL_TIMEOUT = 120  # seconds; far above what any cell takes
 
 

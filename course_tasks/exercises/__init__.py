@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from course_tasks import copies, progress
+from course_tasks.spans import FIELDS
 
 DOTS = (..., "...", "…", "")  # an answer that the learner has not given yet
 RENAMED = 'Change the name in this cell back to the course\'s own, such as "00-1".'
@@ -109,6 +110,18 @@ def called(answer: Callable, *args: Any, case: str = "") -> Any:
         raise
     except BaseException as error:
         raise WrongAnswer(f"{case}your function raised {type(error).__name__}: {error}.") from error
+
+
+def unfit_spans(answer: list, tasks: int, seconds: float) -> str | None:
+    """Why a list is not what `tasks` tasks `wait` of `seconds` seconds returned; None if it is."""
+    if not all(isinstance(value, dict) and value.keys() >= FIELDS for value in answer):
+        return "these are not what the tasks return. run_tasks collects that; a result has it after get()."
+    if [value["seconds"] for value in answer] != [seconds] * tasks:
+        asked = sorted({value["seconds"] for value in answer})
+        return f"these are {len(answer)} tasks of {asked} s, not {tasks} of {seconds} s."
+    if any(value["end"] - value["start"] < 0.98 * seconds for value in answer):  # the two clocks may differ a little
+        return f"a task here was faster than the {seconds} s that it had to wait. Take what the tasks really return."
+    return None
 
 
 def all_of(chapter: str) -> dict[str, Exercise]:

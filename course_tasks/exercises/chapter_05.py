@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from course_tasks.exercises import Exercise, Question, called
-from course_tasks.spans import FIELDS, slots, speedup
+from course_tasks.exercises import Exercise, Question, called, unfit_spans
+from course_tasks.spans import slots, speedup
 
 # What the task wait returns in each pool, and the pid of the worker's main process.
 SEEN = {
@@ -16,17 +16,13 @@ SEEN = {
 
 
 def _fast(answer: list) -> str | None:
-    if not all(isinstance(value, dict) and value.keys() >= FIELDS for value in answer):
-        return "these are not what the tasks return. run_tasks collects that; a result has it after get()."
-    if [value["seconds"] for value in answer] != [0.5] * 8:
-        return f"these are {len(answer)} tasks of {sorted({value['seconds'] for value in answer})} s, not 8 of 0.5 s."
-    if any(value["end"] - value["start"] < 0.49 for value in answer):  # the two clocks may differ a little
-        return "a task here was faster than the 0.5 s that it was to wait: take what the tasks really return."
+    if reason := unfit_spans(answer, 8, 0.5):
+        return reason
     number, factor = len(slots(answer)), speedup(answer, delays=False)
     if factor >= 4:
         return None
     if number < 4:
-        return f"they were {factor:.1f} times as fast, on {number} slot{'s' * (number > 1)}. Who has more slots?"
+        return f"they were {factor:.1f} times as fast, on {number} slot{'s' * (number > 1)}. Which pool has more slots?"
     return f"they were {factor:.1f} times as fast, on {number} slots. Send all of them before you wait for one."
 
 
@@ -51,9 +47,9 @@ EXERCISES = {
         judge=_fast,
         wrong={
             RUN.format("wait", 0.5, "solo"): "on 1 slot.",
-            RUN.format("wait", 0.5, "prefork"): "on 2 slots. Who",
+            RUN.format("wait", 0.5, "prefork"): "on 2 slots. Which",
             RUN.format("wait", 0.1, "gevent"): "8 tasks of [0.1] s",
-            RUN.format("compute", 0.5, "gevent"): "on 1 slot. Who has more",
+            RUN.format("compute", 0.5, "gevent"): "on 1 slot. Which pool has more",
             'answer = [client.send_task("wait", args=(0.5,), queue="gevent") for _ in range(8)]\n'
             "for result in answer:\n"
             "    result.get(timeout=60)": ("not what the tasks return"),

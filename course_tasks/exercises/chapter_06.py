@@ -3,8 +3,8 @@
 import math
 from collections.abc import Callable
 
-from course_tasks.exercises import Exercise, Question, called
-from course_tasks.spans import FIELDS, slots
+from course_tasks.exercises import Exercise, Question, called, unfit_spans
+from course_tasks.spans import slots
 
 TASKS, ROUNDS, SECONDS = 24, 3, 0.3
 NUMBERS = [(8, 4), (10, 10), (11, 10), (9, 2), (3, 8), (7, 3), (0, 4)]  # of tasks and slots
@@ -19,13 +19,8 @@ def _rounds(answer: Callable) -> str | None:
 
 
 def _three(answer: list) -> str | None:
-    if not all(isinstance(value, dict) and value.keys() >= FIELDS for value in answer):
-        return "these are not what the tasks return. run_tasks collects that; a result has it after get()."
-    if [value["seconds"] for value in answer] != [SECONDS] * TASKS:
-        asked = sorted({value["seconds"] for value in answer})
-        return f"these are {len(answer)} tasks of {asked} s, not {TASKS} of {SECONDS} s."
-    if any(value["end"] - value["start"] < 0.98 * SECONDS for value in answer):  # the two clocks may differ a little
-        return f"a task here was faster than the {SECONDS} s that it was to wait: take what the tasks really return."
+    if reason := unfit_spans(answer, TASKS, SECONDS):
+        return reason
     number, fewest = len(slots(answer)), math.ceil(TASKS / ROUNDS)
     if (took := math.ceil(TASKS / number)) != ROUNDS:
         return f"{TASKS} tasks on {number} slot{'s' * (number > 1)} took {took} rounds. Which slots make it {ROUNDS}?"

@@ -24,7 +24,7 @@ from nbclient.exceptions import CellExecutionError
 from redis import Redis
 from xdist.scheduler import LoadScopeScheduling
 
-from course_tasks import exercises, servers
+from course_tasks import copies, exercises, servers
 from course_tasks.authoring import kernels, record
 from course_tasks.classroom import free_port
 
@@ -127,11 +127,6 @@ def run_until_it_passes(item: nbval.plugin.IPyNbCell, runtest: Callable[[], None
                 raise
 
 
-def chapter(path: Path) -> str:
-    """What a chapter's exercises begin with: "01" or "01b"."""
-    return path.stem.partition("_")[0]
-
-
 def cells(path: Path, kind: str) -> list[nbformat.NotebookNode]:
     """A notebook's cells of a kind, "code" or "markdown"."""
     return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == kind]
@@ -185,8 +180,8 @@ class LearnerTriesEverything(pytest.Item):
 
     def runtest(self) -> None:
         """Raise AssertionError or pytest's Failed where the chapter does not do so."""
-        tags, judged = tagged(self.path), dict(exercises.all_of(chapter(self.path)))
-        asked = dict(exercises.quiz_of(chapter(self.path)))
+        tags, judged = tagged(self.path), dict(exercises.all_of(copies.number(self.path.name)))
+        asked = dict(exercises.quiz_of(copies.number(self.path.name)))
         notebook = nbformat.read(self.path, as_version=4)
         client = NotebookClient(notebook, km=self.parent.kernel.km, timeout=kernels.CELL_TIMEOUT)
         client.start_new_kernel_client()
@@ -225,7 +220,7 @@ class LearnerTriesEverything(pytest.Item):
         for cell in cells(self.path, "code"):
             again = run(cell)
             if cell.source == "%progress":
-                [row] = re.findall(rf"(?m)^{chapter(self.path)} .*", again.outputs[0].data["text/plain"])
+                [row] = re.findall(rf"(?m)^{copies.number(self.path.name)} .*", again.outputs[0].data["text/plain"])
                 assert row.endswith("✔ complete, ▶ you are here"), row
                 continue
             if "setup" not in cell.metadata.get("tags", []):  # where IPython says that the extension is loaded

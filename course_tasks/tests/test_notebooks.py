@@ -10,10 +10,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from course_tasks import exercises
+from course_tasks import copies, exercises
 from course_tasks.authoring import kernels, record
 from course_tasks.install import ROOT
-from course_tasks.tests.plugin import cells, chapter, printed_solution, tagged
+from course_tasks.tests.plugin import cells, printed_solution, tagged
 
 PATHS = sorted(kernels.NOTEBOOKS.glob("*.ipynb"))
 TEXTS = [*PATHS, ROOT / "README.md"]
@@ -109,7 +109,7 @@ def test_a_chapter_follows_the_template(path):
     neighbours = {target for _, _, target, _ in LINK.findall(first) if target.endswith(".ipynb")}
     expected = {other.name for other in PATHS[max(0, number - 1) : number + 2] if other != path}
     assert neighbours == expected, "the links to the previous and the next chapter"
-    assert first.startswith(f"# {chapter(path)} ") and re.search(r"\d+ minutes", first)
+    assert first.startswith(f"# {copies.number(path.name)} ") and re.search(r"\d+ minutes", first)
     for part in ("**By the end you can**", "**Why it matters", "**You need**"):
         assert part in first, part
     text = prose(path)
@@ -138,7 +138,7 @@ def test_every_chapter_opens_with_the_same_cell_which_knows_the_wrong_python():
 
 @chapters()
 def test_every_exercise_has_its_cells_and_two_wrong_answers(path):
-    judged = exercises.all_of(chapter(path))
+    judged = exercises.all_of(copies.number(path.name))
     assert 2 <= len(judged) <= 3
     tags = tagged(path)
     named = {tag.partition("-")[2] for tag in tags if re.fullmatch(r"(exercise|check|solution)-\d\d[a-z]?-\d", tag)}
@@ -152,10 +152,10 @@ def test_every_exercise_has_its_cells_and_two_wrong_answers(path):
 
 @chapters()
 def test_a_quiz_has_its_cells_and_a_folded_answer_for_each_question(path):
-    questions = exercises.quiz_of(chapter(path))
+    questions = exercises.quiz_of(copies.number(path.name))
     before, mark, text = prose(path).partition("**Quiz**")
     assert mark and "**Quiz**" not in text
-    assert list(questions) == [f"{chapter(path)}-{number}" for number in range(1, len(questions) + 1)]
+    assert list(questions) == [f"{copies.number(path.name)}-{number}" for number in range(1, len(questions) + 1)]
     assert len(questions) >= 3 and "<summary>Answer to question" not in before
     assert sorted(tag for tag in tagged(path) if tag.startswith("quiz-")) == [f"quiz-{name}" for name in questions]
     all_cells = nbformat.read(path, as_version=4).cells

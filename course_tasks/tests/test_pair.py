@@ -20,6 +20,7 @@ from redis import Redis
 
 from course_tasks import servers
 from course_tasks.authoring import kernels, record
+from course_tasks.install import ROOT
 from course_tasks.tests.plugin import free_ports, listens, processes, until
 from course_tasks.tests.test_servers import impostor
 from course_tasks.tests.test_terminal import Kernel, cell, gone, mark  # noqa: F401
@@ -74,7 +75,7 @@ def test_servers_says_which_database_and_how_a_terminal_joins_and_shows_no_passw
     done = subprocess.check_output(
         ["sh", "-c", f". {shlex.quote(str(script))}; python -c 'from course_tasks.celery import app; "
          "print(app.connection_for_write().virtual_host, app.connection_for_write().connect() is not None)'"],
-        env=outside, text=True, cwd=kernels.ROOT,
+        env=outside, text=True, cwd=ROOT,
     )  # fmt: skip
     assert done.splitlines()[-1] == "50 True"
 
@@ -97,7 +98,7 @@ def test_a_shell_without_the_password_is_refused_and_the_courses_app_finds_it(pa
     )
     assert done.returncode and "uthentication required" in done.stderr  # README's table quotes it
     app = "from course_tasks.celery import app; app.connection_for_write().connect(); print('in')"
-    assert subprocess.check_output([sys.executable, "-c", app], env=outside, text=True, cwd=kernels.ROOT) == "in\n"
+    assert subprocess.check_output([sys.executable, "-c", app], env=outside, text=True, cwd=ROOT) == "in\n"
 
 
 @contextlib.contextmanager
@@ -128,7 +129,7 @@ def test_on_the_users_own_servers_workers_that_answer_are_listed_and_those_of_th
         for _ in range(2):  # of one name, as chapter 00's worker has it everywhere
             stranger = subprocess.Popen(
                 [sys.executable, *shlex.split(WORKER)[1:], "-n", f"{mark}-two@%h"],
-                env=own, cwd=kernels.ROOT, stderr=subprocess.PIPE, text=True,
+                env=own, cwd=ROOT, stderr=subprocess.PIPE, text=True,
             )  # fmt: skip
             stack.callback(stranger.communicate)
             stack.callback(stranger.kill)
