@@ -307,5 +307,8 @@ def _empty(pair: servers.Pair) -> None:
     """Wait until nobody is connected any more (a worker on its way out may take a task), then empty both servers."""
     for url in (pair.broker, pair.backend):
         with Redis.from_url(url) as server:
-            until(lambda: len(server.client_list()) == 1, f"everybody else has left {url}")
+            try:
+                until(lambda: len(server.client_list()) == 1, f"everybody else has left {servers.without_secrets(url)}")
+            except AssertionError:
+                pytest.fail("\n".join(f"still there: {other}" for other in server.client_list()))
     servers.flush(pair.broker, pair.backend)

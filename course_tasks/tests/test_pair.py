@@ -267,7 +267,7 @@ def wrong_cells(number, name, outputs):
     return wrong
 
 
-def test_ten_kernels_at_once_on_one_pair_have_no_wrong_cell(pair):
+def test_ten_kernels_at_once_on_one_pair_have_no_wrong_cell(pair, request):
     wrong = {}
     owned = {servers._preferred_database(name) for name in TEN}
     others = [number for number in range(servers.DATABASES) if number not in owned and number not in servers.SPARE]
@@ -275,6 +275,7 @@ def test_ten_kernels_at_once_on_one_pair_have_no_wrong_cell(pair):
     for number in others:  # a worker that reads another notebook's queue takes this
         with Redis.from_url(f"{url}/{number}") as broker:
             broker.lpush("celery", "bait")
+    request.addfinalizer(lambda: servers.flush(pair.broker))
     for turn in range(ROUNDS):
         outputs = []
         with ThreadPoolExecutor(len(TEN)) as together:

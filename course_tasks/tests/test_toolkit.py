@@ -24,9 +24,14 @@ def client():
     with addressed(url), working(8, "--pool=threads", "-c", "2", "--without-mingle", node="w1@%h"):
         client = Celery(set_as_current=False)
         yield client
-        client.pool.force_close_all()
-        client.backend.result_consumer.stop()
-        client.backend.client.connection_pool.disconnect()
+        disconnect(client)
+
+
+def disconnect(client: Celery) -> None:
+    """Close what a client has open: the tests' servers wait until everybody has left."""
+    client.pool.force_close_all()
+    client.backend.result_consumer.stop()
+    client.backend.client.connection_pool.disconnect()
 
 
 @contextlib.contextmanager
@@ -87,6 +92,7 @@ def test_servers_that_are_away_have_one_clear_line():
             run_tasks(away, "wait", args=(0.1,))
         with one_line("The broker or the backend doesn't answer", "%servers"):
             ask_worker(away, "w1", seconds=1)
+        disconnect(away)
 
 
 def test_a_worker_answers_by_its_short_or_full_name(client):
