@@ -40,8 +40,9 @@ def show_servers(line: str = "") -> None:
         print(pair.notice)
     if pair.script and name:
         database = pair.broker.rpartition("/")[2]
-        elsewhere = "To use it in a terminal outside JupyterLab, or in one that was open before, type this there first:"
-        print(f"Database {database} belongs to {name} alone. {elsewhere}\n. {shlex.quote(pair.script)}")
+        print(f"Database {database} belongs to {name} alone.")
+        print("To use it in a terminal outside JupyterLab, or opened before, type this there:")
+        print(f". {shlex.quote(pair.script)}")
     if not pair.script and (answering := _workers(pair.broker)):
         print("These workers already use this broker, and they may take this notebook's tasks:", *answering, sep="\n  ")
         print("%stop --everywhere stops those that notebooks of this copy of the course have started.")

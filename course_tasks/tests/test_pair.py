@@ -62,8 +62,8 @@ def test_servers_says_which_database_and_how_a_terminal_joins_and_shows_no_passw
         assert lines == [
             f"broker:  redis://localhost:{port['broker']}/50",
             f"backend: redis://localhost:{port['backend']}/50",
-            "Database 50 belongs to 05_pools alone. To use it in a terminal outside JupyterLab, or in one that was "
-            "open before, type this there first:",
+            "Database 50 belongs to 05_pools alone.",
+            "To use it in a terminal outside JupyterLab, or opened before, type this there:",
             f". {shlex.quote(str(script))}",
         ]
         assert kernel.text("%servers").splitlines() == lines
