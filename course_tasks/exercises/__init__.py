@@ -11,7 +11,7 @@ from typing import Any
 from course_tasks import copies, progress
 from course_tasks.spans import FIELDS
 
-DOTS = (..., "...", "…", "")  # an answer that the learner has not given yet
+DOTS = ("...", "…", "")  # an answer that the learner has not given yet, as a text
 RENAMED = 'Change the name in this cell back to the course\'s own, such as "00-1".'
 WIDTH = 90  # letters in a line of an explanation: JupyterLab breaks longer lines in the middle of a word
 # What a learner calls the types of answers.
