@@ -6,13 +6,18 @@ import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from celery import signals
 
 from course_tasks import copies, progress
 from course_tasks.spans import FIELDS
 
 DOTS = ("...", "…", "")  # an answer that the learner has not given yet, as a text
 RENAMED = 'Change the name in this cell back to the course\'s own, such as "00-1".'
+KEPT = 1000  # of the tasks that were sent
+WRITEFILE = re.compile(r"(?s)%%writefile (\S+)\n(.*)")
 WIDTH = 90  # letters in a line of an explanation: JupyterLab breaks longer lines in the middle of a word
 # What a learner calls the types of answers.
 WORDS = {
@@ -42,11 +47,16 @@ class Exercise:
         judge: takes an answer of that type. Returns why it is wrong (or raises WrongAnswer), or None if it is right.
         wrong: plausible wrong answers as Python, put in the learner's place by the tests, each with a part of the
             reason that it must be given.
+        right: right answers that are written in an unusual way. The tests try them as well.
+        project: for an exercise on a project with a mistake in it, the folder that the notebook's cells write it to.
+            That folder is the answer, and each wrong or right one is the source of a cell that writes a file.
     """
 
     kind: Any
     judge: Callable[[Any], str | None]
     wrong: dict[str, str]
+    right: tuple[str, ...] = ()
+    project: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,38 @@ class Question:
         choices = ", ".join(sorted([str(self.right), *self.wrong]))
         otherwise = self.otherwise or f"{answer.strip()!r} is not one of the choices: {choices}."
         return {plain(wrong): reason for wrong, reason in self.wrong.items()}.get(given, otherwise)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A task that this process has sent, as it was asked for."""
+
+    task: str
+    args: tuple
+    kwargs: dict[str, Any]
+
+
+_sent: dict[str, Sent] = {}
+
+
+@signals.before_task_publish.connect(weak=False)
+def _note_sent(sender: str, body: tuple, headers: dict, **_: Any) -> None:
+    if "id" in headers:
+        _sent[headers["id"]] = Sent(sender, tuple(body[0]), dict(body[1]))
+        if len(_sent) > KEPT:
+            del _sent[next(iter(_sent))]
+
+
+def sent(task_id: str) -> Sent | None:
+    """Look up what this process has sent, so that a judge can tell an answer from a made-up one.
+
+    Args:
+        task_id: the task's id.
+
+    Returns:
+        What was asked for; None if no task of that id is among the last 1000 that this process has sent.
+    """
+    return _sent.get(task_id)
 
 
 def called(answer: Callable, *args: Any, case: str = "") -> Any:
@@ -193,6 +235,9 @@ def _verdict(exercise: str, answer: Any) -> str:
     if answer is ...:
         line = f"☐ {exercise}: still to do. Put your answer in place of the dots (...), and run both cells again."
         return line + _remember(chapter, "exercises", exercise, "open")[1]
+    if found.project and _as_delivered(chapter, found.project):
+        line = f"☐ {exercise}: still to do. Mend the project in {found.project}, and run this cell again."
+        return line + _remember(chapter, "exercises", exercise, "open")[1]
     reason: str | None
     if not isinstance(answer, found.kind):
         kinds = found.kind if isinstance(found.kind, tuple) else (found.kind,)
@@ -227,6 +272,15 @@ def _quiz_verdict(question: str, answer: Any) -> str:
         return f"✘ quiz {question}: {_unmarked(reason)}" + _remember(chapter, "quiz", question, "wrong")[1]
     notice = _remember(chapter, "quiz", question, "right")[1]
     return f"✔ quiz {question}: right. {explanation(question)}".rstrip() + notice
+
+
+def _as_delivered(chapter: str, folder: str) -> bool:
+    """Whether the files of a project are still what the course's notebook writes, or are not written yet."""
+    notebook = json.loads(copies.chapters()[chapter].read_text(encoding="utf-8"))
+    sources = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    found = [match for match in map(WRITEFILE.match, sources) if match and match[1].startswith(f"{folder}/")]
+    files = {Path(match[1]): match[2] for match in found}
+    return all(not path.exists() or path.read_text().strip() == text.strip() for path, text in files.items())
 
 
 def _remember(chapter: str, kind: str, name: str, state: str) -> tuple[dict[str, str], str]:

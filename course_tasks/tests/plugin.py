@@ -151,6 +151,11 @@ def printed_solution(cell: nbformat.NotebookNode) -> str:
     return solution
 
 
+def _writes(cell: nbformat.NotebookNode, project: str) -> bool:
+    """Whether a cell writes a file of a broken project; never if there is none."""
+    return bool(project) and cell.source.startswith(f"%%writefile {project}/")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item):
     """Show what a failed cell wrote: nbval says of a stream that was not expected only that there is one."""
@@ -233,14 +238,18 @@ class LearnerTriesEverything(pytest.Item):
                 continue
             place, exercise = tags[f"exercise-{name}"], judged.pop(name)
             assert verdict(cell).startswith(f"☐ {name}")
+            project = [each for each in cells(self.path, "code") if _writes(each, exercise.project)]
             for wrong, reason in exercise.wrong.items():
+                for each in project:
+                    run(each)
                 run(place, wrong)
                 assert (said := verdict(cell)).startswith(f"✘ {name}: ") and reason in said, (wrong, said)
-            run(place, printed_solution(tags[f"solution-{name}"]))
-            said = verdict(cell)
-            assert re.fullmatch(rf"✔ {name}: right\. \d of \d in this chapter\.", said), (
-                f"the printed solution of {name} is refused"
-            )
+            for right in (printed_solution(tags[f"solution-{name}"]), *exercise.right):
+                for each in project:
+                    run(each)
+                run(place, right)
+                said = verdict(cell)
+                assert re.fullmatch(rf"✔ {name}: right\. \d of \d in this chapter\.", said), (name, right, said)
         assert not judged, "an exercise that the chapter does not ask"
         assert not asked, "a quiz question that the chapter does not ask"
 

@@ -1,0 +1,165 @@
+"""Runs a small project that a learner has mended: on servers of its own, as they would run it in a terminal."""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from celery import Celery
+from redis import Redis
+
+from course_tasks.exercises import WrongAnswer
+
+SUPERVISOR = Path(__file__).parents[1] / "classroom" / "supervisor.py"
+SERVERS = """
+import json, os, sys
+from course_tasks import servers
+servers.private(sys.argv[1])
+print(json.dumps(dict(os.environ)), flush=True)
+sys.stdin.read()
+"""
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class Project:
+    """A learner's project at work, in a `with` block, at whose end all its processes and both servers are gone.
+
+    The project gets a broker and a backend of its own, through the environment variables that Celery prefers to the
+    URLs in the code. So nothing that it does reaches the notebook's servers.
+
+    Args:
+        folder: where the project's files are.
+
+    Attributes:
+        broker: a client of the project's broker.
+        backend: a client of the project's backend.
+
+    Raises:
+        WrongAnswer: there is no such folder.
+    """
+
+    broker: Redis
+    backend: Redis
+
+    def __init__(self, folder: str):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise WrongAnswer(f"there is no folder {folder}. Run the cells that write the project first.")
+        self._stack = contextlib.ExitStack()
+        self._logs: list[Path] = []
+
+    def __enter__(self):
+        with self._stack:
+            self._home = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="course-")))
+            servers = self._stack.enter_context(
+                # they end when this pipe is closed, and so with this process, however it ends
+                subprocess.Popen(
+                    [sys.executable, "-c", SERVERS, self._home / "servers"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            assert servers.stdout  # a pipe
+            self._environment = json.loads(servers.stdout.readline())
+            self._environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{self._environment['PATH']}"
+            urls = self._environment["CELERY_BROKER_URL"], self._environment["CELERY_RESULT_BACKEND"]
+            self.broker, self.backend = (self._stack.enter_context(Redis.from_url(url)) for url in urls)
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(self, *error):
+        return self._stack.__exit__(*error)
+
+    def worker(self, command: str, seconds: float = 20) -> None:
+        """Start a worker of the project, and wait until it says that it is ready.
+
+        Args:
+            command: what to type in the project's folder, such as "celery -A shop worker --pool=solo". The log level
+                is added, because only with INFO a worker says that it is ready.
+            seconds: how long it may take to get ready.
+
+        Raises:
+            WrongAnswer: it ended, or did not get ready in time.
+        """
+        process, log = self._start(f"{command} --loglevel=INFO")
+        self._logs.append(log)
+        deadline = time.monotonic() + seconds
+        while " ready.\n" not in (text := _text(log)):
+            if process.poll() is not None:
+                raise WrongAnswer(f"`{command}` ended before it was ready: {_end(text)}")
+            if time.monotonic() > deadline:
+                raise WrongAnswer(f"`{command}` was not ready after {seconds:g} s: {_end(text)}")
+            time.sleep(0.02)
+
+    def run(self, command: str, seconds: float = 20) -> str:
+        """Run a command to its end.
+
+        Args:
+            command: what to type in the project's folder, such as "python order.py".
+            seconds: how long it may take.
+
+        Returns:
+            What it printed.
+
+        Raises:
+            WrongAnswer: it failed, or took longer.
+        """
+        process, log = self._start(command)
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise WrongAnswer(f"`{command}` was still running after {seconds:g} s: {_end(_text(log))}") from None
+        if code:
+            raise WrongAnswer(f"`{command}` ended with an error: {_end(_text(log))}")
+        return _text(log)
+
+    def log(self) -> str:
+        """What all of the project's workers have written so far."""
+        return "".join(map(_text, self._logs))
+
+    def client(self) -> Celery:
+        """An app on the project's servers that has none of the project's code."""
+        app = Celery(set_as_current=False)
+        # this process's environment names other servers, and Celery prefers it to broker= and backend=
+        app.conf.broker_read_url = app.conf.broker_write_url = self._environment["CELERY_BROKER_URL"]
+        app.backend_cls = self._environment["CELERY_RESULT_BACKEND"]
+        self._stack.callback(app.close)
+        return app
+
+    def _start(self, command: str) -> tuple[subprocess.Popen, Path]:
+        """Start a command in the project's folder. It ends with the `with` block, or with this process."""
+        log = self._home / f"{len(list(self._home.iterdir()))}.log"
+        process = subprocess.Popen(
+            [sys.executable, "-I", SUPERVISOR, f"exec {command}", "single"],
+            cwd=self.folder,
+            env=self._environment,
+            stdin=subprocess.PIPE,
+            stdout=log.open("wb"),
+            start_new_session=True,
+        )
+        self._stack.callback(_kill, process)
+        return process, log
+
+
+def _kill(process: subprocess.Popen) -> None:
+    assert process.stdin  # a pipe
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(b"k")
+        process.stdin.close()
+    process.wait()
+
+
+def _text(log: Path) -> str:
+    return ANSI.sub("", log.read_text(errors="replace")).replace("\r\n", "\n")
+
+
+def _end(text: str) -> str:
+    """The last line that says something, for a reason."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1].rstrip(".") + "." if lines else "it wrote nothing."

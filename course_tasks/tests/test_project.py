@@ -1,0 +1,88 @@
+"""The exercises in which a learner mends a broken project: how the judge runs it, and that nothing is left."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from course_tasks.exercises import WrongAnswer
+from course_tasks.exercises.project import Project
+from course_tasks.tests.plugin import processes, until
+
+APP = """
+from celery import Celery
+app = Celery("shop", broker="redis://localhost:1/0", backend="redis://localhost:1/0")
+@app.task(name="price")
+def price(n):
+    return 3 * n
+"""
+ORDER = """
+from shop import app
+print("total", app.send_task("price", args=(5,)).get(timeout=10))
+"""
+WORKER = "celery -A shop worker --pool=solo --without-mingle --without-gossip"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "shop.py").write_text(APP)
+    (tmp_path / "order.py").write_text(ORDER)
+    return tmp_path
+
+
+def test_a_project_runs_as_in_a_terminal_on_servers_of_its_own_and_leaves_nothing(folder):
+    before = dict(os.environ)
+    with Project(str(folder)) as project:
+        project.worker(WORKER)
+        assert project.run("python order.py") == "total 15\n"
+        assert project.client().send_task("price", args=(2,)).get(timeout=10) == 6
+        assert project.broker.llen("celery") == 0 and len(project.backend.keys("celery-task-meta-*")) == 2
+        until(lambda: project.log().count(" succeeded in ") == 2, "both tasks in the log")
+        home = str(project._home)
+        assert processes(home) or processes("celery -A shop")
+    assert os.environ == before
+    until(lambda: not processes(home) and not processes("celery -A shop"), "the end of the project's processes")
+    assert not Path(home).exists()
+
+
+@pytest.mark.parametrize(
+    "file, text, reason",
+    [
+        ("shop.py", "import nosuch\n", "ended before it was ready: .*nosuch"),
+        ("order.py", "raise SystemExit('no stock')\n", r"`python order.py` ended with an error: no stock\.$"),
+        ("order.py", "import time; print('one moment', flush=True); time.sleep(99)\n", r"still running after 1 s"),
+    ],
+)
+def test_what_fails_is_said_in_one_line(folder, file, text, reason):
+    (folder / file).write_text(text)
+    with Project(str(folder)) as project, pytest.raises(WrongAnswer, match=reason) as told:
+        project.worker(WORKER)
+        project.run("python order.py", seconds=1 if "sleep" in text else 20)
+    assert "\n" not in str(told.value)
+
+
+def test_a_folder_that_is_missing_is_said():
+    with pytest.raises(WrongAnswer, match="there is no folder nosuch"):
+        Project("nosuch")
+
+
+def test_nothing_is_left_when_the_judging_process_is_killed(folder):
+    code = f"""
+from course_tasks.exercises.project import Project
+with Project({str(folder)!r}) as project:
+    project.worker({WORKER!r})
+    print(project._home, flush=True)
+    input()
+"""
+    judge = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    home = judge.stdout.readline().strip()
+    ours = psutil.Process(judge.pid).children(recursive=True)
+    assert len(ours) >= 3
+    judge.kill()
+    judge.wait()
+    judge.stdin.close()
+    judge.stdout.close()
+    until(lambda: not processes(home) and not any(map(psutil.Process.is_running, ours)), "their end")
