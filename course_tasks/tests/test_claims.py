@@ -5,12 +5,16 @@ takes `project`: an empty folder with servers of its own (see exercises/project.
 """
 
 import inspect
+import json
 
 import pytest
+from amqp.basic_message import Message
+from celery.app.task import extract_exec_options
 from celery.result import AsyncResult
 
 from course_tasks import copies
 from course_tasks.exercises.project import Project
+from course_tasks.tasks import add
 from course_tasks.tests.plugin import cells
 
 
@@ -55,6 +59,59 @@ def test_get_waits_for_ever_if_it_is_not_told_how_long():
 
 
 # --- 04 ------------------------------------------------------------------------------------------------------
+
+REPORT = """
+from celery import Celery
+app = Celery("reports")
+@app.task(name="report", queue="reports", expires=60, time_limit=30, ignore_result=True)
+def report(year):
+    return year
+"""
+
+
+def test_what_a_decorator_says_is_read_where_the_row_says(project):
+    stands(
+        "04",
+        "| `queue`, `priority`, `expires`, `time_limit`, `soft_time_limit`, `serializer` | the program that **sends**,",
+        "| `acks_late`, `max_retries`, `autoretry_for`, `rate_limit`, `track_started` | the **worker** that runs the task",
+        'without our `queue="look"` it would have gone to the queue `celery`',
+    )
+    project.client().send_task("report", args=(1,))
+    [message] = [json.loads(text) for text in project.broker.lrange("celery", 0, -1)]
+    sender = {"queue", "priority", "expires", "time_limit", "soft_time_limit", "serializer"}
+    worker = {"acks_late", "max_retries", "autoretry_for", "rate_limit", "track_started"}
+    travels = extract_exec_options(add).keys()  # what `delay` and `apply_async` take from the task
+    assert sender <= travels and not worker & travels
+    assert not {name for name in worker if f'"{name}"' in json.dumps(message)}
+
+
+def test_what_counts_is_whether_the_sender_has_the_code(project):
+    stands("04", "If its app knows the task, `send_task` uses these options too, except for `ignore_result`.")
+    (project.folder / "reports.py").write_text(REPORT)
+    project.run("python -c 'from reports import app, report; report.delay(1); app.send_task(\"report\", args=(2,))'")
+    by_name, with_code = [json.loads(text)["headers"] for text in project.broker.lrange("reports", 0, -1)]
+    assert by_name["expires"] and by_name["timelimit"] == with_code["timelimit"] == [30, None]
+    assert (by_name["ignore_result"], with_code["ignore_result"]) == (None, True)
+
+
+def test_rabbitmq_drops_properties_that_it_does_not_know():
+    stands("04", "(RabbitMQ drops properties that it does not know.)")
+    # what py-amqp, the client for RabbitMQ, puts on the wire
+    assert (
+        Message("", apply_async=True, priority=1)._serialize_properties()
+        == Message("", priority=1)._serialize_properties()
+    )
+
+
+def test_a_name_that_is_unknown_is_found_by_the_worker_and_a_missing_argument_too(project):
+    stands(
+        "04",
+        '`client.send_task("add", args=(4,))` would not complain. The worker would then raise the same `TypeError`',
+    )
+    (project.folder / "reports.py").write_text(REPORT.replace(", ignore_result=True", ""))
+    project.worker("celery -A reports worker --pool=solo --without-mingle -Q reports")
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        project.client().send_task("report", queue="reports").get(timeout=20)
 
 
 # --- 04b -----------------------------------------------------------------------------------------------------
