@@ -73,7 +73,7 @@ def test_what_a_decorator_says_is_read_where_the_row_says(project):
     stands(
         "04",
         "| `queue`, `priority`, `expires`, `time_limit`, `soft_time_limit`, `serializer` | the program that **sends**,",
-        "| `acks_late`, `max_retries`, `autoretry_for`, `rate_limit`, `track_started` | the **worker** that runs the task",
+        "| `acks_late`, `max_retries`, `autoretry_for`, `rate_limit`, `track_started` | the **worker**",
         'without our `queue="look"` it would have gone to the queue `celery`',
     )
     project.client().send_task("report", args=(1,))
