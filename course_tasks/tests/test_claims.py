@@ -9,8 +9,11 @@ import json
 
 import pytest
 from amqp.basic_message import Message
+from celery import Celery, chord
 from celery.app.task import extract_exec_options
+from celery.exceptions import TaskRevokedError
 from celery.result import AsyncResult
+from kombu.transport.redis import Channel
 
 from course_tasks import copies
 from course_tasks.exercises.project import Project
@@ -115,6 +118,61 @@ def test_a_name_that_is_unknown_is_found_by_the_worker_and_a_missing_argument_to
 
 
 # --- 04b -----------------------------------------------------------------------------------------------------
+
+BUSY = """
+import time
+from celery import Celery
+app = Celery("busy")
+@app.task(name="sleep")
+def sleep(seconds):
+    time.sleep(seconds)
+"""
+
+
+@pytest.mark.parametrize(
+    "pool, looks_again", [("prefork", True), ("solo", True), ("threads", False), ("gevent", False)]
+)
+def test_when_a_worker_looks_at_expires(project, pool, looks_again):
+    stands(
+        "04b",
+        "| prefork, solo | when it takes the message, and again before the task starts |",
+        "| threads, gevent | only when it takes the message |",
+    )
+    (project.folder / "busy.py").write_text(BUSY)
+    project.worker(f"celery -A busy worker --pool={pool} -c 1 --without-mingle --without-gossip")
+    client = project.client()
+    client.send_task("sleep", args=(1.5,))
+    late = client.send_task("sleep", args=(0,), expires=0.5)  # taken at once, for it is prefetched
+    if looks_again:
+        with pytest.raises(TaskRevokedError):
+            late.get(timeout=20)
+    else:
+        assert late.get(timeout=20) is None
+
+
+def test_how_long_and_how_many_a_worker_holds_by_default():
+    stands("04b", "by default without a limit", "That timeout is one hour by default.")
+    assert Celery(set_as_current=False).conf.worker_eta_task_limit is None
+    assert Channel.visibility_timeout == 3600
+
+
+def test_expires_is_told_to_rabbitmq(project):
+    stands("04b", "Celery also writes the time into a property that RabbitMQ understands")
+    project.client().send_task("sleep", args=(0,), expires=5)
+    [message] = [json.loads(text) for text in project.broker.lrange("celery", 0, -1)]
+    assert "expiration" in dict(Message.PROPERTIES)
+    assert 4000 < float(message["properties"]["expiration"]) <= 5000
+
+
+def test_a_chain_needs_no_backend_and_a_chord_does(project):
+    stands("04b", "A chain doesn't need a backend; a chord does, because the backend counts how many parts are done.")
+    client = project.client()
+    client.backend_cls = "disabled://"
+    part = client.signature("sleep", args=(0,), immutable=True)
+    (part | part).apply_async()
+    assert project.broker.llen("celery") == 1
+    with pytest.raises(NotImplementedError):
+        chord([part, part], part).apply_async()
 
 
 # --- 05 ------------------------------------------------------------------------------------------------------
