@@ -143,7 +143,7 @@ EXERCISES = {
         wrong={
             _start("--pool=gevent -c 100 -Q waiting,computing"): "a fetch still has to wait",
             _start("--pool=prefork -c 2 -Q waiting,computing"): "still has to wait.",
-            _start("--pool=gevent -c 20 -Q waiting", "--pool=gevent -c 20 -Q computing,waiting"): "has to wait",
+            _start("--pool=solo -Q waiting,computing"): "while thumbnails are computed",
             _start("--pool=gevent -c 20 -Q waiting"): "no worker has run a thumbnail",
             _start("--pool=gevents -c 20 -Q waiting"): "ended before it was ready",
         },
