@@ -5,13 +5,25 @@ takes `project`: an empty folder with servers of its own (see exercises/project.
 """
 
 import inspect
+import json
+import socket
+import socketserver
+import threading
+import time
 
 import pytest
+from celery import Celery
 from celery.result import AsyncResult
+from kombu.exceptions import OperationalError
+from kombu.transport import pyamqp, virtual
+from kombu.transport import redis as redis_transport
+from redis import Redis
+from redis.connection import Connection
 
 from course_tasks import copies
+from course_tasks.celery import app as course_app
 from course_tasks.exercises.project import Project
-from course_tasks.tests.plugin import cells
+from course_tasks.tests.plugin import cells, until
 
 
 @pytest.fixture
@@ -37,6 +49,114 @@ def test_get_waits_for_ever_if_it_is_not_told_how_long():
 
 
 # --- 01 ------------------------------------------------------------------------------------------------------
+
+SHOP = """
+from celery import Celery
+app = Celery("shop")
+@app.task(name="buy")
+def buy(n):
+    return n
+"""
+QUICK = "--pool=solo --without-mingle --without-gossip"
+
+
+def test_redis_py_gives_up_on_an_answer_after_five_seconds_unless_told_otherwise():
+    stands("01", "By default, redis-py 8 gives up on any answer after five seconds.")
+    assert Redis.from_url("redis://localhost:1/0").connection_pool.make_connection().socket_timeout == 5
+
+
+def test_with_rabbitmq_the_body_is_plain_json():
+    stands("01", "they travel in RabbitMQ's own format, and the body is plain JSON without Base64")
+    body = "[[4, 5], {}, {}]"
+    sent = pyamqp.Channel.prepare_message(None, body, 0, "application/json", "utf-8", {"task": "add"}, {})
+    assert sent.body == body and sent.headers == {"task": "add"} and sent.content_type == "application/json"
+    assert virtual.Channel.body_encoding == "base64", "of Redis, in which the chapter's cell has decoded it"
+
+
+def test_a_message_without_its_content_type_ends_one_worker_after_the_other(project):
+    stands("01", "If the content type is missing, for example, the worker ends with an error and puts the message back")
+    project.folder.joinpath("shop.py").write_text(SHOP)
+    delivery = {"delivery_tag": "1", "delivery_info": {"exchange": "", "routing_key": "celery"}}
+    message = {"body": "[[1], {}, {}]", "headers": {"task": "buy", "id": "1"}, "properties": delivery}
+    project.broker.lpush("celery", json.dumps(message))
+    project.worker(f"celery -A shop worker {QUICK}")
+    until(lambda: "Restoring 1 unacknowledged message" in project.log(), "the end of the worker")
+    assert "Unrecoverable error: ValueError" in project.log()
+    until(lambda: project.broker.llen("celery") == 1, "the message in its queue again")
+
+
+def test_unacked_index_says_when_a_message_was_taken(project):
+    stands("01", "A second key, `unacked_index`, records when each message was taken.")
+    client = project.client()
+    client.send_task("buy", queue="shelf", ignore_result=True)
+    before = time.time()
+    with client.connection_for_read() as connection:
+        connection.SimpleQueue("shelf").get(timeout=10)
+        [(_, taken)] = project.broker.zrange("unacked_index", 0, -1, withscores=True)
+        assert before <= taken <= time.time()
+        assert project.broker.hlen("unacked") == 1
+
+
+def test_the_environment_s_broker_has_priority(monkeypatch):
+    stands("01", "the environment variable `CELERY_BROKER_URL`, which the set-up cell has set, has priority over it")
+    monkeypatch.setenv("CELERY_BROKER_URL", "redis://localhost:1/0")
+    app = Celery(broker="redis://localhost:2/0", set_as_current=False)
+    assert app.connection_for_write().port == 1
+    app.conf.broker_write_url = "redis://localhost:2/0"
+    assert app.connection_for_write().port == 2
+
+
+def test_a_client_tries_four_times_and_a_worker_a_hundred_times(monkeypatch):
+    stands("01", "By then it had tried four times, which is the default with Redis.", "up to a hundred attempts")
+    attempts = []
+
+    def refused(self):
+        attempts.append(self)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(Connection, "_connect", refused)
+    app = Celery(set_as_current=False)
+    with pytest.raises(OperationalError):
+        app.send_task("buy", ignore_result=True)
+    assert len(attempts) == 4
+    assert app.conf.broker_connection_max_retries == 100
+
+
+def test_a_silent_broker_is_waited_for_without_end_but_not_by_the_course_s_app():
+    stands("01", "by default, `send_task` then waits without end", "the course's app sets `socket_timeout`")
+    assert redis_transport.Channel.socket_timeout is None  # it is passed to redis-py, instead of its five seconds
+    assert Celery(set_as_current=False).conf.broker_transport_options == {}
+    assert course_app.conf.broker_transport_options["socket_timeout"] == 5
+
+
+def test_a_message_whose_arrival_is_not_confirmed_is_sent_twice(project):
+    stands("01", "So it sends the message once more, and then the message waits in the queue twice.")
+    there = project.broker.connection_pool.connection_kwargs
+    cut = []
+
+    class Between(socketserver.BaseRequestHandler):
+        """Passes everything on, except for the answer to the first message that is pushed."""
+
+        def handle(self):
+            with socket.create_connection((there["host"], there["port"])) as server:
+                while data := self.request.recv(65536):
+                    server.sendall(data)
+                    if b"LPUSH" in data and not cut:
+                        cut.append(data)
+                        until(lambda: project.broker.llen("celery"), "the message in its queue")
+                        return
+                    self.request.sendall(server.recv(65536))
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Between) as between:
+        between.daemon_threads = True
+        threading.Thread(target=between.serve_forever, daemon=True).start()
+        app = project.client()
+        password = f":{there['password']}@" if there.get("password") else ""
+        app.conf.broker_write_url = f"redis://{password}127.0.0.1:{between.server_address[1]}/{there['db']}"
+        app.send_task("buy", ignore_result=True)
+        between.shutdown()
+    ids = [json.loads(raw)["headers"]["id"] for raw in project.broker.lrange("celery", 0, -1)]
+    assert len(ids) == 2 and len(set(ids)) == 1
 
 
 # --- 01b -----------------------------------------------------------------------------------------------------
