@@ -6,24 +6,34 @@ takes `project`: an empty folder with servers of its own (see exercises/project.
 
 import inspect
 import json
+import re
 import socket
 import socketserver
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from celery import Celery
 from celery.result import AsyncResult
+from kombu import Queue
 from kombu.exceptions import OperationalError
 from kombu.transport import pyamqp, virtual
 from kombu.transport import redis as redis_transport
+from kombu.transport.base import to_rabbitmq_queue_arguments
 from redis import Redis
 from redis.connection import Connection
 
 from course_tasks import copies
 from course_tasks.celery import app as course_app
+from course_tasks.classroom import free_port
+from course_tasks.exercises import WrongAnswer
 from course_tasks.exercises.project import Project
-from course_tasks.tests.plugin import cells, until
+from course_tasks.install import ROOT
+from course_tasks.tests.plugin import cells, listens, until
 
 
 @pytest.fixture
@@ -74,15 +84,16 @@ def test_with_rabbitmq_the_body_is_plain_json():
 
 
 def test_a_message_without_its_content_type_ends_one_worker_after_the_other(project):
-    stands("01", "If the content type is missing, for example, the worker ends with an error and puts the message back")
+    stands("01", "the worker ends with an error and puts the message back, and the next worker ends in the same way")
     project.folder.joinpath("shop.py").write_text(SHOP)
     delivery = {"delivery_tag": "1", "delivery_info": {"exchange": "", "routing_key": "celery"}}
     message = {"body": "[[1], {}, {}]", "headers": {"task": "buy", "id": "1"}, "properties": delivery}
     project.broker.lpush("celery", json.dumps(message))
-    project.worker(f"celery -A shop worker {QUICK}")
-    until(lambda: "Restoring 1 unacknowledged message" in project.log(), "the end of the worker")
-    assert "Unrecoverable error: ValueError" in project.log()
-    until(lambda: project.broker.llen("celery") == 1, "the message in its queue again")
+    for number in (1, 2):
+        project.worker(f"celery -A shop worker {QUICK}")
+        until(lambda: project.log().count("Restoring 1 unacknowledged message") == number, "the end of the worker")  # noqa: B023
+        assert project.log().count("Unrecoverable error: ValueError") == number
+        until(lambda: project.broker.llen("celery") == 1, "the message in its queue again")
 
 
 def test_unacked_index_says_when_a_message_was_taken(project):
@@ -160,6 +171,80 @@ def test_a_message_whose_arrival_is_not_confirmed_is_sent_twice(project):
 
 
 # --- 01b -----------------------------------------------------------------------------------------------------
+
+
+def test_without_files_a_killed_server_has_nothing_left(tmp_path):
+    stands("01b", 'with `--save ""`, `PLAIN` would have nothing at all', "By default (`appendfsync everysec`)")
+    command = [sys.executable, "-m", "course_tasks", "server", "--bind", "127.0.0.1", "--save", "", "--port"]
+    port = free_port()
+    with Redis(port=port) as server:
+        for _ in range(2):
+            process = subprocess.Popen([*command, str(port)], cwd=tmp_path, stdout=subprocess.DEVNULL)
+            try:
+                until(lambda: listens(port), "the server")
+                assert server.keys() == [] and server.config_get("appendfsync") == {"appendfsync": "everysec"}
+                server.lpush("celery", "a task")
+            finally:
+                process.kill()
+                process.wait()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_does_not_start_on_a_full_broker(project):
+    stands("01b", "A worker that is started now would end at once.")
+    project.folder.joinpath("shop.py").write_text(SHOP)
+    project.client().send_task("buy", args=(1,), ignore_result=True)
+    project.broker.config_set("maxmemory", "100kb")
+    project.broker.config_set("maxmemory-policy", "noeviction")
+    with pytest.raises(WrongAnswer, match="ended before it was ready"):
+        project.worker(f"celery -A shop worker {QUICK}")
+    assert "OutOfMemoryError" in project.log() and project.broker.llen("celery") == 1
+
+
+def test_the_broker_of_compose_is_for_this_machine_only():
+    stands("01b", "Our [docker-compose.yml](../docker-compose.yml) uses the second form.")
+    text = ROOT.joinpath("docker-compose.yml").read_text()
+    assert re.findall(r"ports: (.*)", text) == ['["127.0.0.1:6379:6379"]', '["127.0.0.1:6380:6380"]']
+
+
+def test_priorities_have_four_steps_with_redis_and_a_queue_s_highest_one_with_rabbitmq():
+    stands("01b", "in four steps with Redis: 0, 3, 6 and 9", "in queues with `x-max-priority`: a larger number")
+    assert redis_transport.Channel.priority_steps == [0, 3, 6, 9]
+    declared = []
+    channel = SimpleNamespace(
+        prepare_queue_arguments=lambda given, **kinds: given | to_rabbitmq_queue_arguments({}, **kinds),
+        queue_declare=lambda **options: declared.append(options) or ("parcels", 0, 0),
+    )
+    Queue("parcels", max_priority=9, channel=channel).queue_declare()
+    assert declared[0]["arguments"] == {"x-max-priority": 9} and declared[0]["durable"] is True
+
+
+def test_what_the_table_says_of_the_three_brokers():
+    stands(
+        "01b", "Celery's queues are durable, and its messages are persistent", "an hour by default", "after 30 minutes"
+    )
+    app = Celery(set_as_current=False)
+    [queue] = app.amqp.queues.values()
+    assert queue.durable and queue.exchange.durable and app.conf.task_default_delivery_mode == 2
+    assert redis_transport.Channel.visibility_timeout == 3600
+    folder = Path(redis_transport.__file__).parent
+    sqs = folder.joinpath("SQS/__init__.py").read_text()  # it can't be imported without Amazon's library
+    assert "default_visibility_timeout = 1800  # 30 minutes." in sqs and "* Supports Priority: No" in sqs
+    for transport in ("redis.py", "pyamqp.py"):
+        assert "* Supports Priority: Yes" in folder.joinpath(transport).read_text()
+    # what events and remote control need
+    assert '.get("supports_fanout", False)' in sqs and redis_transport.Channel.supports_fanout
+
+
+def test_with_redis_a_message_that_is_put_back_goes_to_the_front(project):
+    stands("01b", "first in, first out; messages that are put back go to the front")
+    client = project.client()
+    for number in range(3):
+        client.send_task("buy", args=(number,), queue="shelf", ignore_result=True)
+    with client.connection_for_read() as connection:
+        connection.SimpleQueue("shelf").get(timeout=10)
+    waiting = [json.loads(raw)["headers"]["argsrepr"] for raw in project.broker.lrange("shelf", 0, -1)]
+    assert waiting == ["(2,)", "(1,)", "(0,)"]
 
 
 # --- 02 ------------------------------------------------------------------------------------------------------
