@@ -120,6 +120,11 @@ def test_clients_push_a_message_in_at_the_left_end(project):
     assert waiting == ["(2,)", "(1,)"]
 
 
+def test_a_worker_that_runs_two_tasks_reserves_more_than_five_messages():
+    stands("01", "**b.** The worker has taken all five messages.")
+    assert 2 * Celery(set_as_current=False).conf.worker_prefetch_multiplier > 5
+
+
 def test_the_environment_s_broker_has_priority(monkeypatch):
     stands("01", "the environment variable `CELERY_BROKER_URL`, which the set-up cell has set, has priority over it")
     monkeypatch.setenv("CELERY_BROKER_URL", "redis://localhost:1/0")
