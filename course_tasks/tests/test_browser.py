@@ -322,7 +322,9 @@ def test_run_all_in_the_browser(page, lab, name):
         ):
             break
     assert pictures
-    assert panes and all(re.search(": (stopped|finished|killed)$", title) for title in panes), panes
+    assert panes and all(
+        re.search(r": (stopped|finished|killed|ended with exit code \d+)$", title) for title in panes
+    ), panes
 
 
 EXPERIMENT = """%load_ext course_tasks.classroom
