@@ -5,7 +5,9 @@ Loaded by the `-p` in pyproject.toml, so that `pytest` on a test, on a notebook 
 
 import contextlib
 import functools
+import math
 import os
+import queue
 import re
 import signal
 import socket
@@ -19,8 +21,7 @@ import nbval.kernel
 import nbval.plugin
 import psutil
 import pytest
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 from redis import Redis
 from xdist.scheduler import LoadScopeScheduling
 
@@ -30,6 +31,24 @@ from course_tasks.classroom import free_port
 
 STACK = pytest.StashKey[contextlib.ExitStack]()
 PAIR = pytest.StashKey[servers.Pair]()
+
+
+class Kernel(nbval.kernel.RunningKernel):
+    """nbval's own, which notices within a second or two that it has died, and knows where it came to its end."""
+
+    ended = ""
+
+    def get_message(self, stream, timeout=None):
+        """The next message; raises queue.Empty after `timeout`, or DeadKernelError."""
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while True:
+            try:
+                return super().get_message(stream, max(0, min(1, deadline - time.monotonic())))
+            except queue.Empty:
+                if not self.is_alive():
+                    raise DeadKernelError(kernels.obituary(self.km)) from None
+                if time.monotonic() >= deadline:
+                    raise
 
 
 def pytest_configure(config) -> None:
@@ -61,9 +80,11 @@ def pytest_sessionstart(session) -> None:
         client = manager.client()
         client.start_channels()
         client.wait_for_ready(timeout=startup_timeout)
+        stack.enter_context(kernels.ending_with_the_servers(manager))
         return manager, client
 
     nbval.kernel.start_new_kernel = start_kernel
+    nbval.plugin.RunningKernel = Kernel
 
 
 def pytest_sessionfinish(session) -> None:
@@ -118,13 +139,27 @@ def pytest_collection_modifyitems(items) -> None:
 
 
 def run_until_it_passes(item: nbval.plugin.IPyNbCell, runtest: Callable[[], None]) -> None:
-    """Run a cell once, or a noisy one until it passes. The error is that of the last attempt."""
-    for left in reversed(range(record.attempts(item.cell))):
-        try:
-            return runtest()
-        except nbval.plugin.NbCellError:
-            if not left or item.parent.timed_out:
-                raise
+    """Run a cell once, or a noisy one until it passes. The error is that of the last attempt.
+
+    After a cell that has ended the kernel there is nothing left to run, and one failure says so.
+    """
+    kernel = item.parent.kernel
+    if kernel.ended:
+        pytest.skip(kernel.ended)
+    try:
+        if not kernel.is_alive():
+            raise DeadKernelError(f"{kernels.obituary(kernel.km)} It was before this cell.")
+        for left in reversed(range(record.attempts(item.cell))):
+            try:
+                return runtest()
+            except nbval.plugin.NbCellError:
+                if not left or item.parent.timed_out:
+                    raise
+    except DeadKernelError as error:
+        item.raise_cell_error(str(error))
+    finally:
+        if not kernel.is_alive():
+            kernel.ended = f"the kernel has ended in {item.name}"
 
 
 def cells(path: Path, kind: str) -> list[nbformat.NotebookNode]:
@@ -185,10 +220,12 @@ class LearnerTriesEverything(pytest.Item):
 
     def runtest(self) -> None:
         """Raise AssertionError or pytest's Failed where the chapter does not do so."""
+        if self.parent.kernel.ended:
+            pytest.skip(self.parent.kernel.ended)
         tags, judged = tagged(self.path), dict(exercises.all_of(copies.number(self.path.name)))
         asked = dict(exercises.quiz_of(copies.number(self.path.name)))
         notebook = nbformat.read(self.path, as_version=4)
-        client = NotebookClient(notebook, km=self.parent.kernel.km, timeout=kernels.CELL_TIMEOUT)
+        client = kernels.notebook_client(notebook, self.parent.kernel.km)
         client.start_new_kernel_client()
 
         def run(cell: nbformat.NotebookNode, source: str | None = None) -> nbformat.NotebookNode:
@@ -197,7 +234,7 @@ class LearnerTriesEverything(pytest.Item):
             notebook.cells[index].source = source or cell.source
             try:
                 return record.execute(client, notebook.cells[index], index)
-            except CellExecutionError as error:
+            except (CellExecutionError, DeadKernelError) as error:
                 pytest.fail(f"{cell.id} ends the learner's Run All: {error}")
 
         def verdict(check: nbformat.NotebookNode, source: str | None = None) -> str:
