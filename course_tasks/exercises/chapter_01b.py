@@ -15,7 +15,7 @@ class _Endless(Exception):
 
 
 class _Patient(Redis):
-    """The broker, for a function that might never stop asking it."""
+    """The broker, for a function that might never stop asking it. Nobody sends: one moment is as long as any wait."""
 
     commands = 0
 
@@ -23,7 +23,13 @@ class _Patient(Redis):
         self.commands += 1
         if self.commands > 50:
             raise _Endless
-        return super().execute_command(*args, **options)
+        if args[0] not in ("BLMOVE", "BRPOPLPUSH", "BLPOP", "BRPOP"):
+            return super().execute_command(*args, **options)
+        *command, seconds = args
+        found = super().execute_command(*command, 0.1, **options)
+        if found is None and not seconds:  # it would wait for ever
+            raise _Endless
+        return found
 
 
 def _rescues(answer: Callable) -> str | None:
@@ -95,6 +101,9 @@ EXERCISES = {
             "def answer(broker, wrong, right):\n"
             "    while True:\n"
             '        broker.lmove(wrong, right, "RIGHT", "LEFT")': "without end",
+            "def answer(broker, wrong, right):\n"
+            '    while broker.blmove(wrong, right, 0, "RIGHT", "LEFT"):\n'
+            "        pass": "When is there nothing more to move?",
         },
     ),
     "01b-2": Exercise(
