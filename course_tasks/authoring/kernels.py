@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -52,7 +53,7 @@ def ending_with_the_servers(manager: KernelManager) -> Iterator[None]:
     Yields:
         Nothing; the kernel is watched until the end of the block.
     """
-    over, kernel = threading.Event(), manager.provisioner.process
+    over, kernel = threading.Event(), _process(manager)
 
     def watch() -> None:
         while not over.wait(1):
@@ -68,11 +69,15 @@ def ending_with_the_servers(manager: KernelManager) -> Iterator[None]:
         thread.join()
 
 
+def _process(manager: KernelManager) -> subprocess.Popen:
+    return manager.provisioner.process  # type: ignore[union-attr] # it has a local one
+
+
 def obituary(manager: KernelManager) -> str:
     """Say in a sentence of what a manager's kernel has died."""
     if not servers.running():
         return "The broker or the backend has ended, and so the kernel was ended."
-    code = manager.provisioner.process.returncode
+    code = _process(manager).returncode
     if code != -signal.SIGKILL:
         return f"The kernel died ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})."
     return "The kernel died (SIGKILL, as when the memory is full)."

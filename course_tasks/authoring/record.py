@@ -84,6 +84,7 @@ def execute(client: NotebookClient, cell: nbformat.NotebookNode, index: int) -> 
         CellExecutionError: it failed each time.
         DeadKernelError: the kernel died in it.
     """
+    assert client.km
     for left in reversed(range(attempts(cell))):
         try:
             return client.execute_cell(cell, index)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbclient.exceptions import CellExecutionError
 
 from course_tasks.authoring import record
 from course_tasks.install import ROOT
@@ -33,8 +33,8 @@ def noisy(runs: int) -> nbformat.NotebookNode:
 def run_by_pytest(path: Path, *options, **variables) -> subprocess.CompletedProcess:
     """Run a notebook as CI does."""
     command = [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "-n", "0", "-q", *options, path]
-    settings = {"cwd": ROOT, "env": os.environ | variables, "timeout": 300}
-    return subprocess.run(command, **settings, capture_output=True, text=True)
+    environment = os.environ | variables
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("runs", [1, 5])
