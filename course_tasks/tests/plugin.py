@@ -5,6 +5,7 @@ Loaded by the `-p` in pyproject.toml, so that `pytest` on a test, on a notebook 
 
 import contextlib
 import functools
+import importlib
 import math
 import os
 import queue
@@ -15,6 +16,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
 
 import nbformat
 import nbval.kernel
@@ -91,6 +94,14 @@ def pytest_sessionfinish(session) -> None:
     """Stop what pytest_sessionstart started."""
     if stack := session.config.stash.get(STACK, None):
         stack.close()
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    """How many processes `-n auto` starts: six, as they mostly wait; fewer on a small machine.
+
+    Each has servers, a kernel and workers of its own, for which it needs about a gigabyte at most.
+    """
+    return max(1, min(6, 3 * (os.cpu_count() or 1), round(psutil.virtual_memory().total / 1e9)))
 
 
 class Scheduling(LoadScopeScheduling):
@@ -311,6 +322,21 @@ def pair(request) -> servers.Pair:
     """This process's broker and backend, both empty."""
     _empty(request.config.stash[PAIR])
     return request.config.stash[PAIR]
+
+
+def lacking(what: str) -> NoReturn:
+    """Skip for want of something that contributors have. Where COURSE_CI=1 promises all of that, fail."""
+    if os.environ.get("COURSE_CI"):
+        pytest.fail(f"COURSE_CI is set, but this machine lacks {what}", pytrace=False)
+    pytest.skip(f"this machine lacks {what}", allow_module_level=True)
+
+
+def needed(module: str) -> ModuleType:
+    """Import a module that only `install --dev` brings."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        lacking(f"{module.partition('.')[0]}: python3 -m course_tasks install --dev")
 
 
 def until(condition, what: str, seconds: float = 60):
