@@ -92,10 +92,21 @@ def port_problem(port):
     return ""
 
 
+def proxy_problem():
+    """Say in a line which proxy setting JupyterLab can't read, because it would end with a traceback; "" if none."""
+    for names in (("http_proxy", "HTTP_PROXY", "ALL_PROXY"), ("https_proxy", "HTTPS_PROXY")):  # as it looks for them
+        name = next(filter(os.environ.get, names), None)
+        if name is None:
+            break
+        if not re.match(r"(https?|socks5h?)://[^/]", os.environ[name]):
+            return f"JupyterLab can't read {name}. Write a whole URL there, for example http://proxy.example:3128"
+    return ""
+
+
 def lab(options):
     """Bring the working copies up to date, find or start the servers, and become JupyterLab.
 
-    Returns 1 if the port that is asked for can't be used.
+    Returns 1 if the port that is asked for can't be used, or a proxy.
     """
     from course_tasks import copies
 
@@ -106,6 +117,9 @@ def lab(options):
             return complain(problem)
         # people forward this port to their laptops, and on the next one they would meet a stranger
         options = [*options, "--ServerApp.port_retries=0"]
+    problem = proxy_problem()
+    if problem:
+        return complain(problem)
     start_pair()
     for line in copies.update():
         print(line, flush=True)

@@ -55,6 +55,7 @@ DEFAULT_PORTS = {"broker": 6379, "backend": 6380}
 MARKS = {"broker": "course-broker.rdb", "backend": "course-backend.rdb"}  # the server's option dbfilename
 CONTAINER_DIR = "/data"  # the server's option dir in a container of the official image
 VARIABLES = {"broker": "CELERY_BROKER_URL", "backend": "CELERY_RESULT_BACKEND"}
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 MINIMUM = (6, 2)  # kombu needs it
 DATABASES = 256  # of each server of our own
 OTHERS = range(160, 200)  # those of notebooks that are no chapters
@@ -96,8 +97,9 @@ def ensure(notebook: str | None = None) -> Pair:
     """Find or start the broker and the backend, and keep ours up for the life of this process.
 
     Exports `CELERY_BROKER_URL`, `CELERY_RESULT_BACKEND` and, unless the user gave these two, `COURSE_RUNTIME`, so that
-    child processes agree; for our own pair also `REDISCLI_AUTH`. A second call costs little. It starts a pair that has
-    died anew, on the same ports and with the same password where the ports are still free.
+    child processes agree; for our own pair also `REDISCLI_AUTH`. Adds this machine to `NO_PROXY`. A
+    second call costs little. It starts a pair that has died anew, on the same ports and with the same password where
+    the ports are still free.
 
     Args:
         notebook: what a notebook's kernel gives: the notebook's name without folder and suffix, or "" if it doesn't
@@ -110,6 +112,7 @@ def ensure(notebook: str | None = None) -> Pair:
     Raises:
         ServerError: there are no usable servers.
     """
+    _spare_the_proxy()
     with _one_thread:
         return _pair_of_environment(PATIENCE) or _share_or_start(runtime_directory(), _ports_to_try(), notebook)
 
@@ -128,6 +131,7 @@ def private(directory: str | Path) -> Pair:
     Raises:
         ServerError: it does not start.
     """
+    _spare_the_proxy()
     return _share_or_start(runtime_directory(directory), None, None)
 
 
@@ -283,6 +287,15 @@ def given_urls() -> dict[str, str]:
     """The URLs that the user gave in the environment, by role, or {}. Beside COURSE_RUNTIME they are our pair's."""
     given = {role: os.environ.get(VARIABLES[role], "") for role in ROLES}
     return given if any(given.values()) and not os.environ.get("COURSE_RUNTIME") else {}
+
+
+def _spare_the_proxy() -> None:
+    """Tell the HTTP clients of this process and its children that a proxy has no part in this machine's own traffic."""
+    given = os.environ.get("no_proxy", ""), os.environ.get("NO_PROXY", "")
+    for name, hosts in (("no_proxy", given[0] or given[1]), ("NO_PROXY", given[1] or given[0])):
+        known = [host.strip() for host in hosts.split(",") if host.strip()]
+        if known != ["*"]:  # which means all hosts, as long as it stands alone
+            os.environ[name] = ",".join([*known, *(host for host in LOOPBACK if host not in known)])
 
 
 def _pair_of_environment(seconds: float) -> Pair | None:

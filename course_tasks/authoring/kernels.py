@@ -1,7 +1,10 @@
 """Kernels that run a notebook as JupyterLab would: for recording, for measuring and for the tests."""
 
 import os
+import signal
+import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +13,7 @@ import nbformat
 from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 
+from course_tasks import servers
 from course_tasks.copies import NOTEBOOKS as NOTEBOOKS
 
 CELL_TIMEOUT = 120  # seconds; far above what any cell takes
@@ -39,6 +43,46 @@ def kernel_manager(directory: str | None = None) -> Iterator[KernelManager]:
                 manager.shutdown_kernel(now=True)
 
 
+@contextmanager
+def ending_with_the_servers(manager: KernelManager) -> Iterator[None]:
+    """Kill a manager's kernel when the broker or the backend ends: its cells might wait for them for minutes.
+
+    Args:
+        manager: of a kernel that has been started.
+
+    Yields:
+        Nothing; the kernel is watched until the end of the block.
+    """
+    over, kernel = threading.Event(), _process(manager)
+
+    def watch() -> None:
+        while not over.wait(1):
+            if not servers.running():
+                return kernel.kill()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _process(manager: KernelManager) -> subprocess.Popen:
+    return manager.provisioner.process  # type: ignore[union-attr] # it has a local one
+
+
+def obituary(manager: KernelManager) -> str:
+    """Say in a sentence of what a manager's kernel has died."""
+    if not servers.running():
+        return "The broker or the backend has ended, and so the kernel was ended."
+    code = _process(manager).returncode
+    if code != -signal.SIGKILL:
+        return f"The kernel died ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})."
+    return "The kernel died (SIGKILL, as when the memory is full)."
+
+
 def kernel_environment() -> dict[str, str]:
     """The environment for a kernel.
 
@@ -65,6 +109,22 @@ def workplace(directory: str | None = None) -> Iterator[str]:
         yield folder
 
 
+def notebook_client(notebook: nbformat.NotebookNode, manager: KernelManager, **settings) -> NotebookClient:
+    """A client that executes a notebook's cells in a manager's kernel, and notices if that dies.
+
+    Args:
+        notebook: what the client executes.
+        manager: of the kernel. It makes asynchronous clients from now on: with those that it usually makes, nbclient
+            waits for ever for the next word of a kernel that has died.
+        settings: more options of NotebookClient.
+
+    Returns:
+        The client.
+    """
+    manager.client_class = "jupyter_client.asynchronous.AsyncKernelClient"
+    return NotebookClient(notebook, km=manager, timeout=CELL_TIMEOUT, **settings)
+
+
 @contextmanager
 def executing(notebook: nbformat.NotebookNode, **settings) -> Iterator[NotebookClient]:
     """Start a kernel for a notebook, in a workplace of its own.
@@ -77,12 +137,6 @@ def executing(notebook: nbformat.NotebookNode, **settings) -> Iterator[NotebookC
         The client, ready for `client.execute_cell(cell, index)`.
     """
     with kernel_manager() as manager, workplace() as folder:
-        client = NotebookClient(
-            notebook,
-            km=manager,
-            timeout=CELL_TIMEOUT,
-            resources={"metadata": {"path": folder}},
-            **settings,
-        )
-        with client.setup_kernel(env=kernel_environment()):
+        client = notebook_client(notebook, manager, resources={"metadata": {"path": folder}}, **settings)
+        with client.setup_kernel(env=kernel_environment()), ending_with_the_servers(manager):
             yield client

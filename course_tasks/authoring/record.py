@@ -12,11 +12,11 @@ from urllib.parse import urlsplit
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbval.plugin import coalesce_streams, get_sanitize_patterns
 
 from course_tasks import servers
-from course_tasks.authoring.kernels import NOTEBOOKS, executing
+from course_tasks.authoring.kernels import NOTEBOOKS, executing, obituary
 from course_tasks.install import ROOT
 
 SANITIZE = Path(__file__).with_name("sanitize.cfg")
@@ -82,10 +82,14 @@ def execute(client: NotebookClient, cell: nbformat.NotebookNode, index: int) -> 
 
     Raises:
         CellExecutionError: it failed each time.
+        DeadKernelError: the kernel died in it.
     """
+    assert client.km
     for left in reversed(range(attempts(cell))):
         try:
             return client.execute_cell(cell, index)
+        except DeadKernelError:
+            raise DeadKernelError(f"cell {cell.id}: {obituary(client.km)}") from None
         except CellExecutionError:
             if not left:
                 raise
@@ -132,6 +136,7 @@ def record(path: Path, anew: bool = False) -> list[str]:
 
     Raises:
         CellExecutionError: a cell failed that is not tagged `raises-exception`; nothing is written.
+        DeadKernelError: the kernel died; nothing is written.
     """
     before = path.read_text()
     notebook = nbformat.reads(before, as_version=4)
@@ -172,11 +177,11 @@ def main(arguments: list[str]) -> int:
         pair = servers.private(directory)
         os.environ["COURSE_MY_NOTEBOOKS"] = directory  # what is recorded is nobody's progress
         for path in options.notebook:
-            servers.flush(pair.broker, pair.backend)
             try:
+                servers.flush(pair.broker, pair.backend)
                 different = record(path, options.anew)
                 print(f"{path.name}: {'new outputs in ' + ', '.join(different) if different else 'the same outputs'}")
-            except (OSError, ValueError, CellExecutionError) as error:
+            except (OSError, ValueError, CellExecutionError, DeadKernelError, servers.ServerError) as error:
                 failed = 1
                 print(f"{path.name}: not recorded: {error}", file=sys.stderr)
     return failed

@@ -26,7 +26,7 @@ from course_tasks.servers import runtime_directory
 
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 # What a program says when it can be used: a worker, a Redis or Valkey server, celery beat, an ASGI server.
-READY = r" ready\.$|Ready to accept connections|\. maxinterval -> |Uvicorn running on "
+READY = r" ready\.$|[Rr]eady to accept connections|\. maxinterval -> |Uvicorn running on "
 # How a worker says that it is done with a task, one way or another.
 DONE = r"\] (succeeded in|raised (un)?expected|ignored|rejected|INTERNAL ERROR)|Discarding revoked task|Terminat"
 KEPT, SHOWN = 20_000, 300  # lines kept for %tail, lines in the pane

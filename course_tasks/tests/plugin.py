@@ -5,7 +5,10 @@ Loaded by the `-p` in pyproject.toml, so that `pytest` on a test, on a notebook 
 
 import contextlib
 import functools
+import importlib
+import math
 import os
+import queue
 import re
 import signal
 import socket
@@ -13,14 +16,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
 
 import nbformat
 import nbval.kernel
 import nbval.plugin
 import psutil
 import pytest
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 from redis import Redis
 from xdist.scheduler import LoadScopeScheduling
 
@@ -30,6 +34,24 @@ from course_tasks.classroom import free_port
 
 STACK = pytest.StashKey[contextlib.ExitStack]()
 PAIR = pytest.StashKey[servers.Pair]()
+
+
+class Kernel(nbval.kernel.RunningKernel):
+    """nbval's own, which notices within a second or two that it has died, and knows where it came to its end."""
+
+    ended = ""
+
+    def get_message(self, stream, timeout=None):
+        """The next message; raises queue.Empty after `timeout`, or DeadKernelError."""
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while True:
+            try:
+                return super().get_message(stream, max(0, min(1, deadline - time.monotonic())))
+            except queue.Empty:
+                if not self.is_alive():
+                    raise DeadKernelError(kernels.obituary(self.km)) from None
+                if time.monotonic() >= deadline:
+                    raise
 
 
 def pytest_configure(config) -> None:
@@ -61,15 +83,25 @@ def pytest_sessionstart(session) -> None:
         client = manager.client()
         client.start_channels()
         client.wait_for_ready(timeout=startup_timeout)
+        stack.enter_context(kernels.ending_with_the_servers(manager))
         return manager, client
 
     nbval.kernel.start_new_kernel = start_kernel
+    nbval.plugin.RunningKernel = Kernel
 
 
 def pytest_sessionfinish(session) -> None:
     """Stop what pytest_sessionstart started."""
     if stack := session.config.stash.get(STACK, None):
         stack.close()
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    """How many processes `-n auto` starts: six, as they mostly wait; fewer on a small machine.
+
+    Each has servers, a kernel and workers of its own, for which it needs about a gigabyte at most.
+    """
+    return max(1, min(6, 3 * (os.cpu_count() or 1), round(psutil.virtual_memory().total / 1e9)))
 
 
 class Scheduling(LoadScopeScheduling):
@@ -118,13 +150,27 @@ def pytest_collection_modifyitems(items) -> None:
 
 
 def run_until_it_passes(item: nbval.plugin.IPyNbCell, runtest: Callable[[], None]) -> None:
-    """Run a cell once, or a noisy one until it passes. The error is that of the last attempt."""
-    for left in reversed(range(record.attempts(item.cell))):
-        try:
-            return runtest()
-        except nbval.plugin.NbCellError:
-            if not left or item.parent.timed_out:
-                raise
+    """Run a cell once, or a noisy one until it passes. The error is that of the last attempt.
+
+    After a cell that has ended the kernel there is nothing left to run, and one failure says so.
+    """
+    kernel = item.parent.kernel
+    if kernel.ended:
+        pytest.skip(kernel.ended)
+    try:
+        if not kernel.is_alive():
+            raise DeadKernelError(f"{kernels.obituary(kernel.km)} It was before this cell.")
+        for left in reversed(range(record.attempts(item.cell))):
+            try:
+                return runtest()
+            except nbval.plugin.NbCellError:
+                if not left or item.parent.timed_out:
+                    raise
+    except DeadKernelError as error:
+        item.raise_cell_error(str(error))
+    finally:
+        if not kernel.is_alive():
+            kernel.ended = f"the kernel has ended in {item.name}"
 
 
 def cells(path: Path, kind: str) -> list[nbformat.NotebookNode]:
@@ -185,10 +231,12 @@ class LearnerTriesEverything(pytest.Item):
 
     def runtest(self) -> None:
         """Raise AssertionError or pytest's Failed where the chapter does not do so."""
+        if self.parent.kernel.ended:
+            pytest.skip(self.parent.kernel.ended)
         tags, judged = tagged(self.path), dict(exercises.all_of(copies.number(self.path.name)))
         asked = dict(exercises.quiz_of(copies.number(self.path.name)))
         notebook = nbformat.read(self.path, as_version=4)
-        client = NotebookClient(notebook, km=self.parent.kernel.km, timeout=kernels.CELL_TIMEOUT)
+        client = kernels.notebook_client(notebook, self.parent.kernel.km)
         client.start_new_kernel_client()
 
         def run(cell: nbformat.NotebookNode, source: str | None = None) -> nbformat.NotebookNode:
@@ -197,7 +245,7 @@ class LearnerTriesEverything(pytest.Item):
             notebook.cells[index].source = source or cell.source
             try:
                 return record.execute(client, notebook.cells[index], index)
-            except CellExecutionError as error:
+            except (CellExecutionError, DeadKernelError) as error:
                 pytest.fail(f"{cell.id} ends the learner's Run All: {error}")
 
         def verdict(check: nbformat.NotebookNode, source: str | None = None) -> str:
@@ -274,6 +322,21 @@ def pair(request) -> servers.Pair:
     """This process's broker and backend, both empty."""
     _empty(request.config.stash[PAIR])
     return request.config.stash[PAIR]
+
+
+def lacking(what: str) -> NoReturn:
+    """Skip for want of something that contributors have. Where COURSE_CI=1 promises all of that, fail."""
+    if os.environ.get("COURSE_CI"):
+        pytest.fail(f"COURSE_CI is set, but this machine lacks {what}", pytrace=False)
+    pytest.skip(f"this machine lacks {what}", allow_module_level=True)
+
+
+def needed(module: str) -> ModuleType:
+    """Import a module that only `install --dev` brings."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        lacking(f"{module.partition('.')[0]}: python3 -m course_tasks install --dev")
 
 
 def until(condition, what: str, seconds: float = 60):

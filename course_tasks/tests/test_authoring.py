@@ -1,6 +1,7 @@
 """`record`, the tag `noisy`, and the minutes: what contributors rely on."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,10 +30,11 @@ def noisy(runs: int) -> nbformat.NotebookNode:
     return CODE(COUNT.format(runs, runs), metadata={"tags": ["noisy"]})
 
 
-def run_by_pytest(path: Path) -> subprocess.CompletedProcess:
+def run_by_pytest(path: Path, *options, **variables) -> subprocess.CompletedProcess:
     """Run a notebook as CI does."""
-    command = [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "-n", "0", "-q", path]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "-n", "0", "-q", *options, path]
+    environment = os.environ | variables
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("runs", [1, 5])
@@ -94,3 +96,83 @@ def test_the_minutes_are_computed_from_words_lines_and_cells(pair, tmp_path):
     assert record.minutes(notebook) == "30 minutes to read and run, 5 to practise"
     record.record(path)
     assert "30 minutes to read and run, 5 to practise" in nbformat.read(path, as_version=4).cells[0].source
+
+
+DYING = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
+SERVERS_END = """
+import json, os, signal, time
+state = json.load(open(os.environ["COURSE_RUNTIME"] + "/pair.json"))
+os.kill(state["servers"]["broker"], signal.SIGKILL)
+time.sleep(100)
+"""
+DEAD = r"The kernel died \(SIGKILL, as when the memory is full\)\."
+WITH_THE_SERVERS = r"The broker or the backend has ended, and so the kernel was ended\."
+# a learner comes only in the course's own folder of notebooks, so that is the test's
+HERE = "import os, pathlib; from course_tasks.authoring import kernels\n"
+HERE += "kernels.NOTEBOOKS = pathlib.Path(os.environ['NOTEBOOKS'])\n"
+
+
+def with_a_learner(path: Path, plugin: str = "") -> str:
+    """What pytest says of a notebook, run with a learner as if it were a chapter."""
+    path.with_name("here.py").write_text(HERE + plugin)
+    variables = {"PYTHONPATH": str(path.parent), "NOTEBOOKS": str(path.parent)}
+    said = run_by_pytest(path, "-p", "here", "-rs", "--color=no", "--durations=3", "--durations-min=60", **variables)
+    return said.stdout + said.stderr
+
+
+@pytest.mark.parametrize("source, why", [(DYING, DEAD), (SERVERS_END, WITH_THE_SERVERS)], ids=["kernel", "servers"])
+def test_a_kernel_that_dies_is_one_failure_at_once_which_says_so(pair, tmp_path, source, why):
+    saved(path := tmp_path / "00_dying.ipynb", CODE("1"), CODE(source), CODE("2"), CODE("3"))
+    said = with_a_learner(path)
+    assert len(re.findall(why, said)) == 1, said
+    assert re.search(rf"Cell 1: {why}", said)
+    assert re.search(r"SKIPPED .*: the kernel has ended in Cell 1", said)
+    assert re.search(r"\n1 failed, 1 passed, 3 skipped in ", said)
+    assert "call " not in said, "no call took a minute"
+    for word in ("Traceback", "Error:", "plugin exception"):
+        assert word not in said, said
+
+
+def test_a_kernel_that_dies_between_two_cells_is_one_failure(pair, tmp_path):
+    soon = f"import threading\nthreading.Timer(0.1, lambda: exec({DYING!r})).start()"
+    saved(path := tmp_path / "00_dying.ipynb", CODE(soon), CODE("import time; time.sleep(60)"), CODE("3"))
+    said = with_a_learner(path)
+    assert re.search(rf"Cell 1: {DEAD}", said) and "1 failed, 1 passed, 2 skipped" in said
+
+
+def test_a_kernel_that_dies_under_the_learner_is_one_line(pair, tmp_path):
+    saved(path := tmp_path / "00_dying.ipynb", CODE(f"if 'again' in globals():\n    exec({DYING!r})\nagain = True"))
+    said = with_a_learner(path)
+    assert re.search(rf"ends the learner's Run All: cell [\w-]+: {DEAD}", said)
+    assert "1 failed, 1 passed in " in said and "Traceback" not in said
+
+
+IMPATIENT = """
+import pytest
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    config.option.nbval_cell_timeout = 1
+    for item in items:
+        item.output_timeout = 1
+"""
+
+
+def test_a_cell_that_can_not_be_interrupted_leaves_no_second_failure(pair, tmp_path):
+    deaf = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(1000)"
+    saved(path := tmp_path / "00_deaf.ipynb", CODE(deaf), CODE("2"))
+    said = with_a_learner(path, IMPATIENT)
+    assert "Cell 0: Timeout of 1 seconds exceeded" in said and "1 failed, 2 skipped in " in said
+    assert re.search(r"SKIPPED .*: the kernel has ended in Cell 0", said)
+
+
+@pytest.mark.parametrize("source, why", [(DYING, DEAD), (SERVERS_END, WITH_THE_SERVERS)], ids=["kernel", "servers"])
+def test_record_says_in_one_line_that_the_kernel_died(tmp_path, source, why):
+    saved(path := tmp_path / "dying.ipynb", CODE("1"), cell := CODE(source))
+    before = path.read_text()
+    command = [sys.executable, "-m", "course_tasks.authoring.record", path, path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and path.read_text() == before
+    said = [line for line in done.stderr.splitlines() if line.startswith("dying.ipynb")]
+    assert re.fullmatch(rf"dying\.ipynb: not recorded: cell {cell.id}: {why}", said[0]), done.stderr
+    assert len(said) == 2 and "Traceback" not in done.stderr

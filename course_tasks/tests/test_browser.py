@@ -18,7 +18,7 @@ import pytest
 
 from course_tasks.authoring import kernels
 from course_tasks.install import ROOT
-from course_tasks.tests.plugin import listens, processes, until
+from course_tasks.tests.plugin import lacking, listens, needed, processes, until
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
@@ -27,13 +27,11 @@ WELCOME = "00_welcome.ipynb"
 SECOND = 1000  # Playwright counts in milliseconds
 WAIT = 90 * SECOND
 
-if os.environ.get("CI"):  # where a missing browser is a failure
-    assert CHROMIUM
-    import playwright.sync_api as api
-elif CHROMIUM:
-    api = pytest.importorskip("playwright.sync_api", reason="needs `python3 -m course_tasks install --dev`")
-else:
-    pytest.skip("needs Chromium", allow_module_level=True)
+if not CHROMIUM:
+    lacking("Chromium")
+needed("playwright")
+import playwright.sync_api as api  # noqa: E402
+
 api.expect.set_options(timeout=WAIT)
 
 

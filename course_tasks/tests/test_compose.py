@@ -1,9 +1,7 @@
 """docker-compose.yml, tested without Docker: its form, its references, and its commands run by the local servers."""
 
 import contextlib
-import importlib
 import itertools
-import os
 import re
 import shlex
 import shutil
@@ -21,18 +19,11 @@ from redis.exceptions import ConnectionError
 
 from course_tasks import servers
 from course_tasks.install import ROOT
-from course_tasks.tests.plugin import free_ports
+from course_tasks.tests.plugin import free_ports, needed
 
 FILE = ROOT / "docker-compose.yml"
 SERVICES = {"broker": "redis-broker", "backend": "redis-backend"}
 TIMEOUT = 60  # seconds, far above what anything here takes
-
-
-def needed(module: str):
-    """Import a module of the dev extra; without it skip, except in CI."""
-    if os.environ.get("CI") == "true":
-        return importlib.import_module(module)
-    return pytest.importorskip(module, reason=f"{module} is missing: pip install -e '.[dev]'")
 
 
 @pytest.fixture(scope="module")

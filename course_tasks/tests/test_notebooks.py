@@ -136,6 +136,15 @@ def test_every_chapter_opens_with_the_same_cell_which_knows_the_wrong_python():
     assert re.fullmatch(r"No module named 'course_tasks'. Open the course with: python3 -m course_tasks lab\n", said)
 
 
+def test_the_client_of_chapter_01_waits_as_long_as_it_says_if_nobody_answers(pair):
+    """redis-py itself would give up after 5 s, with an error."""
+    source = {cell.id: cell.source for cell in cells(kernels.NOTEBOOKS / "01_broker.ipynb", "code")}
+    ask = source["toy-answer"].splitlines()[-1].replace("timeout=10", "timeout=6")
+    code = f"{source['own']}\nstart = time.monotonic()\nprint({ask}, time.monotonic() - start >= 6)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert re.fullmatch(r"(\{'answer': )?None\}? True\n", said.stdout), said.stderr
+
+
 @chapters()
 def test_every_exercise_has_its_cells_and_two_wrong_answers(path):
     judged = exercises.all_of(copies.number(path.name))

@@ -14,7 +14,6 @@ from urllib.parse import urlsplit
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from redis import Redis
 
@@ -247,8 +246,7 @@ def wrong_cells(number, name, outputs):
     wrong = {}
     with kernels.kernel_manager() as manager, kernels.workplace() as folder:
         environment["COURSE_MY_NOTEBOOKS"] = folder  # of a learner who is in this chapter
-        options = {"timeout": kernels.CELL_TIMEOUT, "resources": {"metadata": {"path": folder}}}
-        client = NotebookClient(fresh, km=manager, **options)
+        client = kernels.notebook_client(fresh, manager, resources={"metadata": {"path": folder}})
         with client.setup_kernel(env=environment):
             for index, (old, new) in enumerate(zip(stored.cells, fresh.cells, strict=True)):
                 if new.cell_type != "code":

@@ -144,7 +144,7 @@ def test_beat_a_server_and_a_script_are_known_to_be_ready(kernel, mark, tmp_path
     assert "maxinterval" in kernel.run(f"%%terminal beat\n{beat}")[0]["data"]["text/plain"]
     # a relative path, for one of a socket has 107 characters at most
     server = f"cd {tmp_path}\n{shlex.quote(servers.find_server()[0])} --port 0 --unixsocket {mark} --save ''"
-    assert "Ready to accept" in kernel.run(f"%%terminal server\n{server}")[0]["data"]["text/plain"]
+    assert "eady to accept connections" in kernel.run(f"%%terminal server\n{server}")[0]["data"]["text/plain"]
     [script] = kernel.run('%%terminal script\npython -c "print(6 * 7)"')
     assert script["data"]["text/plain"].splitlines()[0] == "script: finished"
     assert script["data"]["text/plain"].splitlines()[-1] == "42"
