@@ -7,6 +7,7 @@ chapters' modules in `exercises/` have beside their judges, is read from the sou
 import argparse
 import ast
 import errno
+import itertools
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from typing import Any, NoReturn
 from course_tasks import copies
 from course_tasks.install import ROOT, Problem
 
-LONGEST_BLOCK = 75  # minutes without a break
+LONGEST_BLOCK = 90  # minutes without a break
 BREAK, LUNCH, LUNCH_FROM = 10, 60, 360  # minutes; the last: from how long a course on, one of its breaks is for lunch
 FREE = 12  # at least one minute in twelve stays free for questions and delays
 LEAST_START = 15  # a chapter that doesn't fit is begun if there are so many minutes left
@@ -221,10 +222,11 @@ def _blocks_of(chosen: list[Item]) -> list[list[Item]]:
 
 
 def _pauses(blocks: list[list[Item]], minutes: int) -> list[int]:
-    """How long the break after each block is, except after the last. The one in the middle may be for lunch."""
+    """How long the break after each block is, except after the last. The one nearest to the middle may be for lunch."""
     pauses = [BREAK] * (len(blocks) - 1)
     if pauses and minutes >= LUNCH_FROM:
-        pauses[len(pauses) // 2] = LUNCH
+        taught = list(itertools.accumulate(sum(item.minutes for item in block) for block in blocks))
+        pauses[min(range(len(pauses)), key=lambda at: abs(taught[at] - taught[-1] / 2))] = LUNCH
     return pauses
 
 

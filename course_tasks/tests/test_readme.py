@@ -34,6 +34,16 @@ def test_readme_names_the_default_ports():
     assert others == {"6390"}, "a port that is neither the default nor a chapter's own"
 
 
+def test_readme_says_how_long_the_course_is():
+    minutes = {True: 0, False: 0}
+    for chapter, path in copies.chapters().items():
+        first = nbformat.read(path, as_version=4).cells[0].source
+        [times] = re.findall(r"(\d+) minutes to read and run, (\d+) to practise", first)
+        minutes[chapter.isdigit()] += sum(map(int, times))
+    said = re.search(r"about (\d+) hours\s+together. Those with a letter go deeper and take about (\d+) hours", README)
+    assert [int(hours) for hours in said.groups()] == [round(minutes[True] / 60), round(minutes[False] / 60)]
+
+
 def test_every_command_in_readme_is_one():
     assert set(re.findall(r"python3? -m course_tasks (\w+)", README)) <= set(COMMANDS)
 
