@@ -27,6 +27,7 @@ LEAST_START = 15  # a chapter that doesn't fit is begun if there are so many min
 MOST = 600  # minutes of a course; more is not for one day
 FRAME = ("Set-up", "Exercises", "What you can say now", "The map of the course")  # every chapter's; not its script
 TO = "\N{EN DASH}"
+INDENT = "    "  # as much as an item needs whose number has two digits
 SHORT = 6  # lines; a longer output is for the projector
 
 
@@ -291,11 +292,11 @@ def _script(blocks: list[tuple[str, str]]) -> Iterator[str]:
             yield f"{number}. **{text}**"
         elif kind == "predict":
             screen, answer = _answer(blocks[at + 1 :])
-            yield f"   - **Ask:** {text[:1].upper()}{text[1:]}"
+            yield f"{INDENT}- **Ask:** {text[:1].upper()}{text[1:]}"
             if screen:
-                yield from _shown("   - **Screen:**", screen, "     ")
+                yield from _shown(f"{INDENT}- **Screen:**", screen, f"{INDENT}  ")
             elsewhere = "(The screen shows it.)" if screen else "(It comes later in the chapter.)"
-            yield f"   - **Answer:** {answer or elsewhere}"
+            yield f"{INDENT}- **Answer:** {answer or elsewhere}"
 
 
 def _answer(following: list[tuple[str, str]]) -> tuple[str, str]:
@@ -325,12 +326,14 @@ def _questions(chapter: Chapter) -> Iterator[str]:
     known = _quiz(chapter.number)
     for number, text in re.findall(r"(?ms)^### Question (\d+)\n+(.*?)(?=^#|<details>|\0|\Z)", _prose(chapter)):
         choices = {letter: _plain(choice) for letter, choice in re.findall(r"(?m)^- \*\*([a-z])\)\*\* (.*)$", text)}
-        question = known.get(f"{chapter.number}-{number}", {"right": "", "wrong": {}})
+        question = known.get(f"{chapter.number}-{number}")
+        if not question:
+            continue
         right = [question["right"]] if isinstance(question["right"], str) else question["right"]
         yield f"{number}. {_plain(re.split(r'(?m)^- [*][*]a[)]', text)[0])}"
-        yield f"   - **Right:** {_choice(right[0], choices)}"
+        yield f"{INDENT}- **Right:** {_choice(right[0], choices)}"
         for wrong, reason in question["wrong"].items():
-            yield f"   - **Wrong:** {_choice(wrong, choices)} *No:* {_plain(reason)}"
+            yield f"{INDENT}- **Wrong:** {_choice(wrong, choices)} *No:* {_plain(reason)}"
 
 
 def _choice(answer: str, choices: dict[str, str]) -> str:

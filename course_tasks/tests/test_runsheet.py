@@ -162,7 +162,7 @@ def test_every_wrong_answer_of_the_quiz_is_there_with_its_reason(minutes):
             asked = source(number).partition(f"### Question {name.partition('-')[2]}\n")[2].partition("<details>")[0]
             right = question.right if isinstance(question.right, str) else question.right[0]
             assert re.search(rf"\*\*Right:\*\* `?{re.escape(right)}", part)
-            assert words(asked.partition("\n- **a)**")[0]).startswith(words(part.partition("\n   - **Right")[0]))
+            assert words(asked.partition("\n- **a)**")[0]).startswith(words(part.partition("\n    - **Right")[0]))
             for wrong, reason in question.wrong.items():
                 assert re.search(rf"\*\*Wrong:\*\* `?{re.escape(wrong)}[`)].*\*No:\* ", part), wrong
                 assert words(reason) in words(part)
@@ -185,14 +185,17 @@ def test_an_answer_is_what_stands_below_the_prediction_before_the_next_heading()
     ask = text("## One\n\n> **Predict:** how many?\n\nSend them.")
     below = script(ask, code("x = 1\nlen(sent)", "3"), text("Three, as the queue says:\n\n1. one\n2. two\n\nMore."))
     assert below.startswith(
-        "1. **One**\n   - **Ask:** How many?\n   - **Screen:**\n\n     ```text\n     >>> len(sent)\n     3\n"
+        "1. **One**\n    - **Ask:** How many?\n    - **Screen:**\n\n      ```text\n      >>> len(sent)\n      3\n"
     )
-    assert below.endswith("\n     ```\n\n   - **Answer:** Three, as the queue says: (1) one (2) two")
+    assert below.endswith("\n      ```\n\n    - **Answer:** Three, as the queue says: (1) one (2) two")
     assert "The screen shows it." in script(ask, code("len(sent)", "3"), text("## Two\n\nThree."))
     later = script(ask, code("x", ""), text("## Two\n\nThree."))
     assert "(It comes later in the chapter.)" in later and "Three" not in later
     picture = script(ask, code("Gantt()", "3 tasks", "text/html"), text("| a | table |\n\n<b>no</b>\n\nThree."))
     assert "Screen" not in picture and picture.endswith("**Answer:** Three.")
+    long = script(*[ask, code("len(sent)", "3"), text("Three.")] * 11)
+    [whole] = mistune.create_markdown(renderer=None)(long)
+    assert whole["type"] == "list" and len(whole["children"]) == 11, "the eleventh is in the same list as the first"
 
 
 @times
@@ -222,7 +225,10 @@ def test_without_a_time_the_sheet_is_for_two_hours():
     assert command().stdout.decode() == sheet(120)
 
 
-@pytest.mark.parametrize("minutes", [40, 41, 59, 61, 100, 359, 360, 600])
+LEAST = sum(stated("00")) + 5
+
+
+@pytest.mark.parametrize("minutes", [LEAST, LEAST + 1, 59, 61, 100, 359, 360, 600])
 def test_any_time_will_do(minutes):
     test_the_clock_is_right(minutes)
     test_the_order_is_the_courses_and_numbered_chapters_come_before_lettered_ones(minutes)
