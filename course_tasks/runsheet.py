@@ -183,15 +183,12 @@ def _plan(known: list[Chapter], minutes: int) -> list[Item]:
     """What is taught and when: first the chapters with a plain number, as many as fit, then those with a letter."""
     chosen: list[Item] = []
     for chapter in sorted(known, key=lambda chapter: (not chapter.number.isdigit(), chapter.number)):
-        left = _left([*chosen, Item(0, chapter.title, chapter)], minutes)
-        whole = Item(chapter.minutes, chapter.title, chapter)
-        if _left([*chosen, whole], minutes) >= 0:
-            chosen.append(whole)
-            continue
-        if left >= LEAST_START:
-            begun = Item(min(left, chapter.together), chapter.title, chapter)
-            chosen += [begun] if _left([*chosen, begun], minutes) >= 0 else []
-        break
+        lengths = (chapter.minutes, *range(chapter.together, LEAST_START - 1, -1))
+        items = (Item(length, chapter.title, chapter) for length in lengths)
+        fitting = next((item for item in items if _left([*chosen, item], minutes) >= 0), None)
+        chosen += [fitting] if fitting else []
+        if not fitting or not fitting.is_whole:
+            break
     blocks = _blocks_of(chosen)
     pauses = _pauses(blocks, minutes)
     spare = _left(chosen, minutes) + _free(minutes)

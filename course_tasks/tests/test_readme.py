@@ -41,7 +41,10 @@ def test_readme_says_how_long_the_course_is():
         [times] = re.findall(r"(\d+) minutes to read and run, (\d+) to practise", first)
         minutes[chapter.isdigit()] += sum(map(int, times))
     said = re.search(r"about (\d+) hours\s+together. Those with a letter go deeper and take about (\d+) hours", README)
-    assert [int(hours) for hours in said.groups()] == [round(minutes[True] / 60), round(minutes[False] / 60)]
+    hours = [round(minutes[True] / 60), round(minutes[False] / 60)]
+    assert [int(number) for number in said.groups()] == hours, (
+        "the chapters have changed: write these hours into README"
+    )
 
 
 def test_every_command_in_readme_is_one():

@@ -88,7 +88,8 @@ def test_the_clock_is_right(minutes):
             assert practise == "on the way home"
     assert begun <= 1
     free = sum(end - start for start, end, what, *_ in rows if what.startswith("Questions"))
-    assert free >= max(5, minutes // 12)
+    # in 15 minutes more, and with a break before them, one more chapter could begin
+    assert 0 <= free - max(5, minutes // 12) < 25
 
 
 @times
