@@ -371,11 +371,11 @@ def _seen(cells: list[dict[str, Any]]) -> Iterator[str]:
 def _printed(cell: dict[str, Any]) -> str:
     """What a code cell has printed or returned, if it is short text and no picture or pane."""
     found = []
-    for output in cell["outputs"]:
+    for output in cell.get("outputs", []):
         data = output.get("data", {})
-        if set(data) <= {"text/plain"} and output["output_type"] != "error":
+        if set(data) <= {"text/plain"} and output.get("output_type") != "error":
             text = "".join(output.get("text", data.get("text/plain", "")))
-            asked = cell["source"].rpartition("\n")[2] if output["output_type"] == "execute_result" else ""
+            asked = cell["source"].rpartition("\n")[2] if output.get("output_type") == "execute_result" else ""
             found += [f">>> {asked}"] * _is_expression(asked) + text.strip("\n").splitlines()
     return "\n".join(found) if len(found) <= SHORT else ""
 
