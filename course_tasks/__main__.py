@@ -8,6 +8,8 @@ Usage: python3 -m course_tasks COMMAND [options]
   install [--dev]    prepare everything and stop, e.g. at home before a workshop; --dev adds contributors' tools
   servers            start the broker and the backend, print their URLs and keep them running until Ctrl-C
   server [options]   run one more server in this terminal; the options are Redis's, e.g. --port 6390
+  runsheet [--minutes 120]
+                     print an instructor's plan for a course of 90, 120, 240 or 480 minutes, or any other time
   doctor             say what this machine has, what is missing, and what to do about it
 
   --help, --version  this text; the version of the course
@@ -157,12 +159,12 @@ def server(options):
 
 
 IN_VENV = {"lab": lab, "test": test, "servers": servers}
-COMMANDS = [*IN_VENV, "install", "reset", "doctor", "server"]
+COMMANDS = [*IN_VENV, "install", "reset", "runsheet", "doctor", "server"]
 
 
 def run(command, options):
     """Carry out a command. Returns its exit code, if this process does not become another one."""
-    from course_tasks import copies, doctor, install
+    from course_tasks import copies, doctor, install, runsheet
     from course_tasks.servers import ServerError
 
     own = options[1:] if options[:1] == ["--"] else options
@@ -174,6 +176,8 @@ def run(command, options):
             return doctor.main()
         if command == "reset":
             return print("\n".join(copies.reset(own)))
+        if command == "runsheet":
+            return runsheet.main(own)
         install.install(dev=command == "install" and "--dev" in options)
         if command == "install":
             return print("Ready. Next: python3 -m course_tasks lab")

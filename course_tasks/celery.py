@@ -4,7 +4,8 @@ from celery import Celery
 
 from course_tasks.servers import urls
 
-# CELERY_BROKER_URL and CELERY_RESULT_BACKEND, where set, win over these two: Celery sees to that itself.
+# Your own project writes its two addresses here. The course asks `urls` where its servers are, so that a worker in
+# any terminal finds them. CELERY_BROKER_URL and CELERY_RESULT_BACKEND, where set, win: Celery sees to that itself.
 broker, backend = urls()
 
 app = Celery("course_tasks", broker=broker, backend=backend, include=["course_tasks.tasks"])

@@ -1,6 +1,7 @@
 """The Celery app and its tasks, with real workers, as a learner starts them."""
 
 import contextlib
+import copy
 import os
 import re
 import shlex
@@ -18,13 +19,14 @@ from celery.exceptions import SoftTimeLimitExceeded, TaskRevokedError
 from kombu.exceptions import EncodeError
 from redis import Redis
 
+from course_tasks.authoring import record
 from course_tasks.celery import app
 from course_tasks.install import ROOT
 from course_tasks.tasks import add, add_long
-from course_tasks.tests.plugin import until
+from course_tasks.tests.plugin import cells, until
 
 NOTEBOOKS = ROOT / "notebooks"
-TASKS = ["add", "add_long", "compute", "count_to", "divide", "flaky", "notify", "wait", "whereami"]
+TASKS = sorted(re.findall(r'(?m)^@app\.task\(name="(\w+)"', (ROOT / "course_tasks/tasks.py").read_text()))
 COMMAND = "python -m celery -A course_tasks worker --loglevel=INFO --pool="
 STARTS = {  # a worker: the folder it is started in, and the command
     "gevent": (ROOT, COMMAND + "gevent"),
@@ -115,6 +117,32 @@ def test_a_worker_of_every_pool_runs_add_and_knows_only_our_tasks(workers, name)
     assert re.findall(r"^  \. (\S+)$", worker.log.read_text(), re.M) == TASKS
 
 
+COMPARED = ["add", "add_long", "compute", "count_to", "divide", "flaky", "notify", "wait", "whereami"]  # sanitize.cfg
+LISTS = {  # what a new banner lists, and whether that is as good as what the stored one lists
+    "the same": (lambda text: text, True),
+    "one more at the start": (lambda text: text.replace("  . add\n", "  . abs\n  . add\n"), True),
+    "one more in the middle": (lambda text: text.replace("  . flaky\n", "  . flaky\n  . multiply\n"), True),
+    "one more at the end": (lambda text: text.replace("  . whereami\n", "  . whereami\n  . zip\n"), True),
+    **{f"no {name}": (lambda text, name=name: text.replace(f"  . {name}\n", ""), False) for name in COMPARED},
+    "a misspelt one": (lambda text: text.replace("  . divide\n", "  . devide\n"), False),
+    "one by its place": (lambda text: text.replace("  . wait\n", "  . wait\n  . course_tasks.tasks.wait\n"), False),
+    "one of another app": (lambda text: text.replace("  . whereami\n", "  . whereami\n  . shop.price\n"), False),
+    "none": (lambda text: re.sub(r"(?:  \. \w+\n)+", "", text), False),
+}
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "text/html"])
+@pytest.mark.parametrize("name", LISTS)
+def test_a_new_task_changes_no_stored_banner_and_a_wrong_list_is_noticed(name, kind):
+    change, equal = LISTS[name]
+    stored = next(cell for cell in cells(NOTEBOOKS / "03_worker.ipynb", "code") if "[tasks]" in str(cell.outputs))
+    fresh = copy.deepcopy(stored)
+    data = fresh.outputs[0].data
+    assert set(COMPARED) <= set(re.findall(r"(?m)^  \. (\w+)$", data[kind]))
+    data[kind] = change(data[kind])
+    assert (record.comparable(fresh) == record.comparable(stored)) == equal
+
+
 def test_a_client_may_also_import_the_tasks(workers):
     result = add.apply_async((4, 5), connection=workers["threads"].connection)
     assert result.get(timeout=TIMEOUT) == 9
@@ -200,6 +228,7 @@ from course_tasks.celery import app
 
 def test_a_silent_server_is_an_error_and_not_a_wait_for_ever():
     code = """
+from course_tasks.authoring import record
 from course_tasks.celery import app
 try:
     {}
