@@ -285,6 +285,11 @@ def given_urls() -> dict[str, str]:
     return given if any(given.values()) and not os.environ.get("COURSE_RUNTIME") else {}
 
 
+def check_given() -> None:
+    """Raises ServerError if the user gave servers that can't be used, ImportError if nothing here can ask them."""
+    _pair_of_environment(PATIENCE)
+
+
 def _pair_of_environment(seconds: float) -> Pair | None:
     """The user's own two servers, checked; None if there are none."""
     if not (given := given_urls()):
@@ -545,7 +550,8 @@ def _share_or_start(directory: Path, wanted: dict[str, int] | None, notebook: st
             variables["REDISCLI_AUTH"] = state.password
             _write_script(Path(pair.script), variables, database, notebook)
     except OSError as error:
-        remedy = "Remove it, or set XDG_RUNTIME_DIR to a directory of your own."
+        own = "COURSE_RUNTIME" if os.environ.get("COURSE_RUNTIME") else "XDG_RUNTIME_DIR"
+        remedy = f"Set {own} to a directory of your own."
         raise ServerError(f"Cannot use the runtime directory {directory}: {_reason(error)}. {remedy}") from None
     os.environ.update(variables)
     return pair
