@@ -48,8 +48,8 @@ def activate():
     os.environ["PATH"] = os.pathsep.join([str(PYTHON.parent), *path])
     os.environ["VIRTUAL_ENV"] = str(VENV)
     os.environ.pop("PYTHONHOME", None)
-    if doctor.python_path():
-        complain(f"PYTHONPATH ({os.environ.pop('PYTHONPATH')}) is left out: {doctor.python_path()}.")
+    if text := doctor.python_path():
+        complain(f"PYTHONPATH ({os.environ.pop('PYTHONPATH')}) is left out: {text}.")
     doctor.allow_files()
 
 
@@ -235,7 +235,7 @@ def carefully(argv):
     """The command line, even if what it prints can't be written. Returns the exit code."""
     try:
         code = main(argv)
-        sys.stdout.flush()
+        print(end="", flush=True)
         return code
     except BrokenPipeError:  # whoever reads it has seen enough, as in `doctor | head -3`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain when it ends

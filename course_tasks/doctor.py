@@ -79,7 +79,7 @@ def _folder() -> Iterator[Finding]:
 def _home() -> Iterator[Finding]:
     home = Path(os.path.expanduser("~"))  # noqa: PTH111 (which tells no lie where there is none)
     if not home.is_absolute():
-        yield "!!", "home", f"{home} is no home folder. Set HOME to a folder of your own"
+        yield "!!", "home", f"{str(home)!r} is no home folder. Set HOME to a folder of your own"
         return
     share = Path("Library") if sys.platform == "darwin" else Path(os.environ.get("XDG_DATA_HOME") or ".local/share")
     data = Path(os.environ.get("JUPYTER_DATA_DIR") or home / share / "jupyter")

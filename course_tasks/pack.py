@@ -3,6 +3,7 @@
 The file is a zip of wheels and of MANIFEST, which says what they are for. What reads it is standard library only.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -81,53 +82,63 @@ def write(file: Path, pythons: list[str] | None, platforms: list[str] | None) ->
 
 
 def _download(python: str, name: str, folder: str) -> None:
+    """Fetch the wheels for a Python on a platform.
+
+    Markers can tell patch releases of Python apart, and which one it is there, nobody knows: so what the first of them
+    needs, and then what only the last one needs.
+    """
+    first = _needed(f"{python}.0", name)
     pip = [str(PYTHON), "-Im", "pip"]
     only = ["--only-binary", ":all:", "--no-deps", "--ignore-requires-python", "--implementation", "cp"]
     tags = [word for tag in PLATFORMS[name] for word in ("--platform", tag)]
-    needed = sorted(_needed(python, name))
-    command = [*pip, "download", "-d", folder, *only, "--python-version", python, *tags, *needed]
-    if subprocess.run(command, env=settings(pip), cwd=ROOT, stdin=subprocess.DEVNULL).returncode:
-        raise Problem(f"Some package for Python {python} on {name} can't be had: pip says above which, and why.")
+    for needed in filter(None, (first, _needed(f"{python}.99", name) - first)):
+        command = [*pip, "download", "-d", folder, *only, "--python-version", python, *tags, *sorted(needed)]
+        if subprocess.run(command, env=settings(pip), cwd=ROOT, stdin=subprocess.DEVNULL).returncode:
+            raise Problem(f"Some package for Python {python} on {name} can't be had: pip says above which, and why.")
 
 
 def _needed(python: str, name: str) -> set[str]:
-    """The requirements of a complete .venv, with their versions.
-
-    Follows what the packages here say that they need, as it holds there. Markers can tell patch releases of Python
-    apart, and which one it is there, nobody knows: so what the first and the last of them need.
-    """
+    """What a complete .venv is made of there, with the versions, by what the packages here say that they need."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
     system, _, machine = name.partition("-")
-    there = {"platform_machine": machine, "python_version": python, "os_name": "posix"}
-    there |= {"linux": {"sys_platform": "linux", "platform_system": "Linux"}}.get(
-        system, {"sys_platform": "darwin", "platform_system": "Darwin"}
-    )
+    there = {
+        "python_full_version": python,
+        "python_version": python.rpartition(".")[0],
+        "os_name": "posix",
+        "sys_platform": {"macos": "darwin"}.get(system, system),
+        "platform_system": {"macos": "Darwin"}.get(system, "Linux"),
+        "platform_machine": machine,
+    }
+
+    def listed(name: str) -> list[Requirement]:
+        return [Requirement(line) for line in (ROOT / name).read_text().splitlines() if line[:1].isalnum()]
+
+    def holds(requirement: Requirement, extra: str = "") -> bool:
+        return not requirement.marker or requirement.marker.evaluate(there | {"extra": extra})
+
+    pins = {canonicalize_name(pin.name): str(pin.specifier) for pin in listed(PINS[1]) if holds(pin)}
     build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     needed = {"pip", *build}  # pip for a Python without ensurepip
-    for patch in ("0", "99"):
-        there["python_full_version"] = f"{python}.{patch}"
-
-        def holds(requirement: Requirement, extra: str = "", there: dict = there) -> bool:
-            return not requirement.marker or requirement.marker.evaluate(there | {"extra": extra})
-
-        texts = re.findall(r"^\w.*", (ROOT / PINS[1]).read_text(), re.MULTILINE)
-        pins = {canonicalize_name(pin.name): str(pin.specifier) for pin in map(Requirement, texts) if holds(pin)}
-        texts = re.findall(r"^\w.*", (ROOT / PINS[0]).read_text(), re.MULTILINE)
-        todo = [Requirement(text) for text in (*texts, "uv")]
-        seen: set[tuple[str, str]] = set()
-        while todo:
-            requirement = todo.pop()
-            package = canonicalize_name(requirement.name)
-            needed.add(package + pins.get(package, str(requirement.specifier)))
-            for extra in {"", *requirement.extras} - {extra for known, extra in seen if known == package}:
-                seen.add((package, extra))
-                try:
-                    further = importlib.metadata.requires(package) or []
-                except importlib.metadata.PackageNotFoundError:  # it is for another platform, and needs nothing else
-                    further = []
-                todo += [each for each in map(Requirement, further) if holds(each, extra)]
+    todo = [
+        (requirement, extra)
+        for requirement in (*listed(PINS[0]), Requirement("uv"))
+        for extra in ("", *requirement.extras)
+    ]
+    seen = set()
+    while todo:
+        requirement, extra = todo.pop()
+        package = canonicalize_name(requirement.name)
+        needed.add(package + pins.get(package, str(requirement.specifier)))
+        if (package, extra) not in seen:
+            seen.add((package, extra))
+            with contextlib.suppress(
+                importlib.metadata.PackageNotFoundError
+            ):  # it is for there only, and needs nothing
+                for text in importlib.metadata.requires(package) or []:
+                    if holds(further := Requirement(text), extra):
+                        todo += [(further, extra) for extra in ("", *further.extras)]
     return needed
 
 

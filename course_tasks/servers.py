@@ -550,8 +550,9 @@ def _share_or_start(directory: Path, wanted: dict[str, int] | None, notebook: st
             variables["REDISCLI_AUTH"] = state.password
             _write_script(Path(pair.script), variables, database, notebook)
     except OSError as error:
-        own = "COURSE_RUNTIME" if os.environ.get("COURSE_RUNTIME") else "XDG_RUNTIME_DIR"
-        remedy = f"Set {own} to a directory of your own."
+        remedy = "Set XDG_RUNTIME_DIR to a directory of your own."
+        if os.environ.get("COURSE_RUNTIME"):
+            remedy = "Unset COURSE_RUNTIME, or set it to a directory of your own."
         raise ServerError(f"Cannot use the runtime directory {directory}: {_reason(error)}. {remedy}") from None
     os.environ.update(variables)
     return pair

@@ -116,7 +116,7 @@ def ended(process):
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
-    assert "Traceback" not in out + err
+    assert "Traceback" not in (out or "") + err
     return process.returncode, out, err
 
 
@@ -212,6 +212,86 @@ def test_python_newer_than_tested_is_told_by_the_doctor(clone):
     assert clone.run("--version")[2] == ""
 
 
+# What is wrong with the machine
+
+
+def in_a_mount_namespace(script):
+    """The words before a command by which it sees a changed file system."""
+    if os.geteuid() != 0 or subprocess.run(["unshare", "-m", "true"], check=False).returncode:
+        pytest.skip("only root can change what a process sees of the file system")
+    return ["unshare", "-m", "sh", "-c", f'{script} && exec "$@"', "sh"]
+
+
+def assert_refused(clone, what, text, commands=("lab", "test", "servers"), **more):
+    """The commands end with one line, which the doctor's finding has as well."""
+    code, out, _ = clone.run("doctor", **more)
+    found = re.search(rf"^!!  {what} +(.*)$", out, re.MULTILINE)
+    assert code == 1 and found and text in found[1], out
+    for command in commands:
+        assert clone.run(command, **more) == (1, "", f"course_tasks: {found[1]}\n")
+    assert not clone.venv.exists()
+
+
+@pytest.mark.parametrize(("name", "text"), [("a:b", "a colon"), ("a\nb", "the end of"), ("a$HOME", "a variable")])
+def test_a_path_that_cannot_be_used_is_refused_in_one_line(clone, name, text):
+    clone.move(name)
+    assert_refused(clone, "folder", text, ("install", "lab", "test"))
+
+
+def test_a_path_with_a_dollar_that_starts_no_name_of_a_variable_is_fine(clone):
+    clone.move("5$ and $nothing_of_this_name")
+    assert clone.run("doctor")[0] == 0
+
+
+@pytest.mark.parametrize("home", ["/proc", "relative", "/dev/null", "/proc/nowhere/at/all"])
+def test_a_home_that_cannot_be_written_is_refused_in_one_line(clone, home):
+    assert_refused(clone, "home", "Set HOME to a folder of your own", HOME=home)
+
+
+def test_folders_of_jupyters_own_make_up_for_a_home_that_cannot_be_written(clone, tmp_path):
+    names = ("JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR")
+    assert clone.run("doctor", HOME="/proc", **{name: str(tmp_path / name) for name in names})[0] == 0
+    assert not [name for name in names if (tmp_path / name).exists()]
+
+
+def test_an_empty_home_is_as_good_as_none(clone):
+    code, out, _ = clone.run("doctor", HOME="")
+    assert code == 0 and "home" not in out
+
+
+@pytest.mark.parametrize(("limit", "refused"), [("-n 64", True), ("-S -n 64", False)])
+def test_too_few_open_files_are_refused_in_one_line(clone, limit, refused):
+    prefix = ["sh", "-c", f'ulimit {limit} && exec "$@"', "sh"]
+    if refused:
+        assert_refused(clone, "files", "only 64 files at once, and the course needs 256", prefix=prefix)
+    else:
+        assert clone.run("doctor", prefix=prefix)[0] == 0
+
+
+def test_a_machine_without_localhost_is_refused_in_one_line(clone, tmp_path):
+    (tmp_path / "hosts").write_text("127.0.0.1 another-name\n")
+    prefix = in_a_mount_namespace(f"mount --bind {tmp_path}/hosts /etc/hosts")
+    knows = [*prefix, HOST, "-c", "import socket; socket.getaddrinfo('localhost', 1)"]
+    if subprocess.run(knows, stderr=subprocess.DEVNULL, check=False).returncode == 0:
+        pytest.skip("this machine knows localhost without the file")
+    assert_refused(clone, "localhost", "Add the line `127.0.0.1 localhost` to /etc/hosts", prefix=prefix)
+
+
+@pytest.mark.parametrize("words", [["doctor"], ["--help"], ["install"]])
+def test_a_reader_that_goes_away_leaves_no_traceback(installed, words):
+    ours, theirs = os.pipe()
+    os.close(ours)
+    process = installed.start(*words, stdout=theirs)
+    os.close(theirs)
+    assert ended(process) == (1, None, "")
+
+
+def test_an_output_that_cannot_be_written_is_one_line(installed):
+    with Path("/dev/full").open("w") as full:
+        code, _, err = ended(installed.start("doctor", stdout=full))
+    assert code == 1 and LINE.fullmatch(err) and "No space left" in err
+
+
 # What the commands do once .venv is there
 
 
@@ -275,7 +355,7 @@ def test_doctor_says_that_the_servers_are_the_users_and_shows_no_password(clone)
     code, out, err = clone.run("doctor", **given)
     assert (code, err) == (0, "") and "secret" not in out
     assert "--  servers    yours: CELERY_BROKER_URL=redis://localhost:1/0, CELERY_RESULT_BACKEND=redis" in out
-    assert "port" not in out
+    assert "They are tried when .venv is there" in out and "port" not in out
 
 
 @pytest.mark.parametrize(
@@ -321,10 +401,10 @@ def start_real(home, *words, **more):
 
 @real
 def test_options_go_to_pytest(tmp_path):
-    options = ["--collect-only", "-q", "-k", "parses_on_old", "course_tasks/tests/test_launcher.py"]
+    options = ["--collect-only", "-q", "-k", "old_python_can_read", "course_tasks/tests/test_launcher.py"]
     code, out, err = ended(start_real(tmp_path, "test", *options))
     assert (code, err) == (0, "")
-    assert out.startswith("course_tasks/tests/test_launcher.py::test_the_command_line_parses_on_old_pythons\n")
+    assert out.startswith("course_tasks/tests/test_launcher.py::test_an_old_python_can_read_what_it_is_told\n")
 
 
 @real
@@ -385,7 +465,12 @@ def lab(tmp_path_factory):
     page.parent.mkdir(parents=True)
     page.write_text('{"theirs": "kept"}')
     for name in (".bashrc", ".zshrc"):  # as pyenv and conda do it
-        (home / name).write_text("export PATH=/somewhere/shims:/usr/bin:/bin:$PATH; export THEIRS=sourced\n")
+        lines = (
+            "export PATH=/somewhere/shims:/usr/bin:/bin:$PATH; export THEIRS=sourced; export PYTHONPATH=$HOME/path\n"
+        )
+        (home / name).write_text(lines)
+    (home / "path").mkdir()
+    (home / "path" / "celery.py").write_text("raise SystemExit('the other one')\n")
     shell = next(filter(None, map(shutil.which, ("bash", "zsh"))))
     broker, backend = itertools.islice(free_ports(), 2)
     urls = {
@@ -540,3 +625,50 @@ def test_jupyterlab_itself_is_told_not_to_take_another_port_if_one_is_asked_for(
     assert code == 0
     server = json.loads(out[out.index("{") :])["ServerApp"]
     assert ("port_retries" in server) == bool(words) and server.get("port_retries", 0) == 0
+
+
+@real
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"CELERY_BROKER_URL": "redis://localhost:1"}, "Connection refused"),
+        ({"CELERY_RESULT_BACKEND": "{}"}, "CELERY_BROKER_URL (): it is not set, and the other one is"),
+        ({"CELERY_BROKER_URL": "amqp://localhost", "CELERY_RESULT_BACKEND": "{}"}, "needs Redis or Valkey"),
+        ({"CELERY_BROKER_URL": "{}", "CELERY_RESULT_BACKEND": "redis://:wrong@localhost:1"}, "Connection refused"),
+        ({"CELERY_BROKER_URL": "{wrong}", "CELERY_RESULT_BACKEND": "{}"}, "invalid username-password pair"),
+        ({"CELERY_BROKER_URL": "{}", "CELERY_RESULT_BACKEND": "{}"}, ""),
+    ],
+)
+def test_doctor_tries_the_servers_that_the_user_gave(tmp_path, given, problem):
+    url = os.environ["CELERY_BROKER_URL"]
+    wrong = re.sub(r":\w+@", ":wrong@", url)
+    given = {name: text.replace("{wrong}", wrong).replace("{}", url) for name, text in given.items()}
+    code, out, err = ended(start_real(tmp_path, "doctor", **given))
+    found = re.search(r"^(ok|!!)  servers +(.*)$", out, re.MULTILINE)
+    assert err == "" and found and urlsplit(url).password not in out and "wrong@" not in out
+    assert (code, found[1]) == ((1, "!!") if problem else (0, "ok"))
+    assert problem in found[2]
+
+
+@real
+def test_a_package_that_would_shadow_the_courses_is_left_out_and_told(tmp_path):
+    other = tmp_path / "path" / "celery"
+    other.mkdir(parents=True)
+    (other / "__init__.py").write_text("raise SystemExit('the other one')\n")
+    (tmp_path / "path" / "redis.py").write_text("raise SystemExit('the other one')\n")
+    path = {"PYTHONPATH": str(other.parent), "COURSE_RUNTIME": ""}
+    told = f"PYTHONPATH ({other.parent}) is left out: it has another celery and redis.\n"
+    code, out, err = ended(start_real(tmp_path, "doctor", **path))
+    assert (code, err) == (0, "")
+    assert f"--  PYTHONPATH  {other.parent} is left out: it has another celery and redis\n" in out
+    options = ["-q", "-n", "0", "-k", "Cell", "notebooks/00_welcome.ipynb"]
+    code, out, err = ended(start_real(tmp_path, "test", *options, **path))
+    assert (code, err) == (0, f"course_tasks: {told}"), out
+
+
+@real
+def test_labs_terminal_takes_no_packages_from_elsewhere(lab):
+    found = in_terminal(
+        lab, "echo \"<$(python -c 'import celery; print(celery.__file__)')|$PYTHONPATH>\"", r"<(/.*)\|(.*)>"
+    )
+    assert found[1].startswith(str(VENV)) and found[2] == ""
