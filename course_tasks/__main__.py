@@ -6,6 +6,8 @@ Usage: python3 -m course_tasks COMMAND [options]
   reset CHAPTER ...  start chapters anew, e.g. reset 05 05b; what you wrote is kept in my_notebooks/old
   test [options]     run the course's tests; the options are pytest's, e.g. -x notebooks/00_welcome.ipynb
   install [--dev]    prepare everything and stop, e.g. at home before a workshop; --dev adds contributors' tools
+  pack [FILE]        write all packages into one file; there `install --from FILE` needs no network. For other
+                     computers: --python 3.12 --platform macos-arm64 (linux-x86_64, linux-aarch64, macos-x86_64)
   servers            start the broker and the backend, print their URLs and keep them running until Ctrl-C
   server [options]   run one more server in this terminal; the options are Redis's, e.g. --port 6390
   runsheet [--minutes 120]
@@ -18,9 +20,7 @@ The first command to need it makes the folder .venv here: about 300 MB, a minute
 Options after -- go on untouched: `lab -- --help` shows JupyterLab's own help, `test -- --help` that of pytest.
 """
 
-# Standard library only, for this runs before anything is installed. This file must parse and import on Python 3.6
-# as well, so that an old Python gets one clear line instead of a SyntaxError; what it needs of the course it
-# imports after that.
+# Standard library only, for this runs before anything is installed. An old Python doesn't come here: see __init__.py.
 
 import argparse
 import difflib
@@ -29,14 +29,10 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
-
-OLDEST, NEWEST = (3, 11), (3, 13)  # the Pythons that the course is tested with
 
 
 def complain(text, code=1):
@@ -46,13 +42,17 @@ def complain(text, code=1):
 
 
 def activate():
-    """Put .venv first on PATH, for this process and what it starts or becomes."""
+    """Put .venv first on PATH and take the user's PYTHONPATH away, for what this process starts or becomes."""
+    from course_tasks import doctor
     from course_tasks.install import PYTHON, VENV
 
     path = [entry for entry in os.environ.get("PATH", os.defpath).split(os.pathsep) if entry != str(PYTHON.parent)]
     os.environ["PATH"] = os.pathsep.join([str(PYTHON.parent), *path])
     os.environ["VIRTUAL_ENV"] = str(VENV)
     os.environ.pop("PYTHONHOME", None)
+    if text := doctor.python_path():
+        complain(f"PYTHONPATH ({os.environ.pop('PYTHONPATH')}) is left out: {text}.")
+    doctor.allow_files()
 
 
 def become(*command):
@@ -158,8 +158,38 @@ def server(options):
     os.execv(path, [path, "--logfile", "/dev/stdout", *options])  # with a log file named, it draws no logo
 
 
-IN_VENV = {"lab": lab, "test": test, "servers": servers}
+def pack(options):
+    """Write all packages into one file."""
+    from course_tasks import pack
+
+    asked = understood("pack", options)
+    pack.write(Path(asked.file), asked.python, asked.platform)
+
+
+IN_VENV = {"lab": lab, "test": test, "servers": servers, "pack": pack}
 COMMANDS = [*IN_VENV, "install", "reset", "runsheet", "doctor", "server"]
+
+
+def understood(command, options):
+    """The options of a command that has options of its own. Exits with 2 if they are wrong."""
+    from course_tasks.pack import PLATFORMS
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    if command == "install":
+        parser.add_argument("--dev", action="store_true")
+        parser.add_argument("--from", dest="pack", metavar="FILE", type=Path)
+    if command == "pack":
+        parser.add_argument("file", nargs="?", default="course-packages.zip")
+        parser.add_argument("--python", action="append", metavar="VERSION")
+        parser.add_argument("--platform", action="append", choices=PLATFORMS)
+    try:
+        known, wrong = parser.parse_known_args(options)
+        problem = f"{command} takes no {wrong[0]}" if wrong else ""
+    except argparse.ArgumentError as error:
+        problem = f"{command}: {error}"
+    if problem:
+        sys.exit(complain(f"{problem}. See: python3 -m course_tasks --help", 2))
+    return known
 
 
 def run(command, options):
@@ -168,21 +198,29 @@ def run(command, options):
     from course_tasks.servers import ServerError
 
     own = options[1:] if options[:1] == ["--"] else options
+    asked = understood(command, options) if command not in ("lab", "test", "reset", "server") else None
     try:
         if command == "server":  # in the folder where it is asked for, and with any Python
             return server(own)
         os.chdir(install.ROOT)
+        if not os.environ.get("HOME"):  # with an empty one, Jupyter makes a folder named ~
+            os.environ.pop("HOME", None)
         if command == "doctor":
+            if install.is_ready() and not install.inside_venv():
+                become("-E", "-m", "course_tasks", command)  # where it can ask the user's own servers
             return doctor.main()
         if command == "reset":
             return print("\n".join(copies.reset(own)))
         if command == "runsheet":
             return runsheet.main(own)
-        install.install(dev=command == "install" and "--dev" in options)
+        if problem := doctor.obstacle(folder_only=command in ("install", "pack")):
+            return complain(problem)
+        install.install(dev=getattr(asked, "dev", False), pack=getattr(asked, "pack", None))
         if command == "install":
             return print("Ready. Next: python3 -m course_tasks lab")
+        unwanted = os.environ.get("PYTHONPATH")
         activate()
-        if not install.inside_venv():
+        if unwanted or not install.inside_venv():
             become("-m", "course_tasks", command, *options)
         return IN_VENV[command](own)
     except (install.Problem, ServerError) as error:
@@ -197,8 +235,6 @@ def main(argv):
         return complain("Start it with -m, in the folder of the course: python3 -m course_tasks lab", 2)
     if os.name == "nt":
         return complain("On Windows the course runs in WSL 2: type `wsl --install`, and clone the course in there.")
-    if sys.version_info[:2] < OLDEST:
-        return complain(too_old())
     command, options = (argv[0], argv[1:]) if argv else ("--help", [])
     before_dashes = options[: options.index("--")] if "--" in options else options
     asks_help = {"-h", "--help"}.intersection(before_dashes)
@@ -210,23 +246,21 @@ def main(argv):
         near = difflib.get_close_matches(command, COMMANDS, 1)
         hint = f"Did you mean {near[0]}?" if near else f"The commands are {', '.join(COMMANDS)}."
         return complain(f"There is no command {command}. {hint}", 2)
-    wrong = [option for option in options if (command, option) != ("install", "--dev")]
-    if wrong and command in ("install", "doctor", "servers"):
-        return complain(f"{command} takes no {wrong[0]}. See: python3 -m course_tasks --help", 2)
-    if sys.version_info[:2] > NEWEST and sys.prefix == sys.base_prefix:  # in .venv it has been said
-        complain(f"Warning: Python {platform.python_version()} is newer than the course was tested with.")
     return run(command, options)
 
 
-def too_old():
-    """The line for a Python that is too old. Names one that is new enough, if this machine has it."""
-    name, hint = "python3.13", "With one installed"
-    for newer in ("python3.13", "python3.12", "python3.11"):
-        if shutil.which(newer) and subprocess.call([newer, "-c", ""], stderr=subprocess.DEVNULL) == 0:
-            name, hint = newer, "This machine has one"
-            break
-    now = platform.python_version()
-    return f"The course needs Python 3.11 or newer, and this is {now}. {hint}: {name} -m course_tasks lab"
+def carefully(argv):
+    """The command line, even if what it prints can't be written. Returns the exit code."""
+    try:
+        code = main(argv)
+        print(end="", flush=True)
+        return code
+    except BrokenPipeError:  # whoever reads it has seen enough, as in `doctor | head -3`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain when it ends
+        return 1
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return complain(error)
 
 
 def version():
@@ -239,4 +273,4 @@ def version():
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(carefully(sys.argv[1:]))

@@ -4,18 +4,23 @@ Standard library only, for it must work before anything is installed. A finding 
 "ok", "--" for what is good to know, or "!!" for what is needed and missing, with the remedy in the text.
 """
 
+import contextlib
 import os
 import platform
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from importlib.machinery import PathFinder
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from course_tasks import servers
 from course_tasks.install import (
     NEEDED_GB,
+    NEWEST,
     NO_PIP,
     PYTHON,
     READ_ONLY,
@@ -23,6 +28,7 @@ from course_tasks.install import (
     VENV,
     can_get_pip,
     is_ready,
+    missing,
     read_stamp,
     say,
 )
@@ -30,16 +36,108 @@ from course_tasks.install import (
 Finding = tuple[str, str, str]
 
 
+FILES = 256  # that a process must be able to open at once
+NAMES = ("course_tasks", "celery", "kombu", "redis", "gevent", "eventlet", "IPython", "jupyterlab", "pytest")
+
+
 def main() -> int:
     """Print a line for each finding. Returns 1 if something that is needed is missing, else 0."""
-    findings = [_python(), _venv(), _server(), *_ports(), _docker(), _disk()]
+    findings = [_python(), *_python_path(), *_obstacles(), _venv(), _server(), *_ports(), _docker(), _disk()]
     for mark, what, text in findings:
         say(f"{mark}  {what:<9}  {text}")
     return int(any(mark == "!!" for mark, *_ in findings))
 
 
+def obstacle(folder_only: bool) -> str:
+    """What keeps JupyterLab and the tests from working on this machine, and the remedy; "" if nothing does.
+
+    Args:
+        folder_only: look only for what keeps .venv from being made.
+    """
+    found = (text for mark, what, text in _obstacles() if mark == "!!" and (what == "folder" or not folder_only))
+    return next(found, "")
+
+
+def _obstacles() -> Iterator[Finding]:
+    yield from _folder()
+    yield from _home()
+    yield from _files()
+    yield from _localhost()
+
+
+def _folder() -> Iterator[Finding]:
+    path = str(ROOT)
+    for text, found in (
+        ("a colon", os.pathsep in path),
+        ("the end of a line", "\n" in path),
+        ("the name of a variable", os.path.expandvars(path) != path),  # which Jupyter would replace
+    ):
+        if found:
+            yield "!!", "folder", f"The path of this folder contains {text}, {path!r}. Rename it, or move the course"
+
+
+def _home() -> Iterator[Finding]:
+    home = Path(os.path.expanduser("~"))  # noqa: PTH111 (which tells no lie where there is none)
+    if not home.is_absolute():
+        yield "!!", "home", f"{str(home)!r} is no home folder. Set HOME to a folder of your own"
+        return
+    share = Path("Library") if sys.platform == "darwin" else Path(os.environ.get("XDG_DATA_HOME") or ".local/share")
+    data = Path(os.environ.get("JUPYTER_DATA_DIR") or home / share / "jupyter")
+    for folder in (os.environ.get("JUPYTER_RUNTIME_DIR") or data, os.environ.get("JUPYTER_CONFIG_DIR") or ".jupyter"):
+        place = home / folder
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        try:
+            tempfile.TemporaryDirectory(dir=place).cleanup()
+        except OSError as error:
+            text = f"Jupyter can't write to {place} ({error.strerror}). Set HOME to a folder of your own"
+            yield "!!", "home", text
+            return
+
+
+def _files() -> Iterator[Finding]:
+    if (most := allow_files()) < FILES:
+        text = f"A program may open only {most} files at once, and the course needs {FILES}"
+        yield "!!", "files", f"{text}. Open a new terminal, or have `ulimit -n` raised"
+
+
+def allow_files() -> int:
+    """Let this process, and what it becomes, open as many files at once as it may, up to 1024. Returns how many."""
+    import resource  # not on Windows, where the command line ends earlier
+
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 1024 if most == resource.RLIM_INFINITY else min(most, 1024)
+    if now != resource.RLIM_INFINITY and now < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    return most
+
+
+def _localhost() -> Iterator[Finding]:
+    found = set()
+    with contextlib.suppress(OSError):
+        found = {address[0] for *_, address in socket.getaddrinfo("localhost", None)}
+    if not found & {"127.0.0.1", "::1"}:
+        text = "The name localhost doesn't lead to this machine. Add the line `127.0.0.1 localhost` to /etc/hosts"
+        yield "!!", "localhost", text
+
+
+def python_path() -> str:
+    """What the user's PYTHONPATH would do to the course; "" if there is none."""
+    folders = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    names = [name for name in NAMES if PathFinder.find_spec(name, folders)]
+    return f"it has another {' and '.join(names)}" if names else "the course needs nothing from it" if folders else ""
+
+
+def _python_path() -> Iterator[Finding]:
+    if text := python_path():
+        yield "--", "PYTHONPATH", f"{os.environ['PYTHONPATH']} is left out: {text}"
+
+
 def _python() -> Finding:
-    return "ok", "Python", f"{platform.python_version()} ({sys.executable})"
+    text = f"{platform.python_version()} ({sys.executable})"
+    if sys.version_info[:2] > NEWEST:
+        return "--", "Python", f"{text}. It is newer than the course was tested with"
+    return "ok", "Python", text
 
 
 def _venv() -> Finding:
@@ -49,7 +147,10 @@ def _venv() -> Finding:
         return "!!", ".venv", READ_ONLY
     if not (PYTHON.exists() or can_get_pip()):
         return "!!", ".venv", NO_PIP
-    state = "out of date" if (read_stamp() or {}).get("files") else "incomplete" if VENV.exists() else "not there yet"
+    stamp = read_stamp() or {}
+    state = "out of date" if stamp.get("files") else "incomplete" if VENV.exists() else "not there yet"
+    if gone := missing(stamp):
+        state = f"damaged ({gone[0]} is not there)"
     return "--", ".venv", f"{state}: made when it is needed, or now by `python3 -m course_tasks install`"
 
 
@@ -64,7 +165,13 @@ def _server() -> Finding:
 def _ports() -> Iterator[Finding]:
     if given := servers.given_urls():
         shown = ", ".join(f"{servers.VARIABLES[role]}={servers.without_secrets(url)}" for role, url in given.items())
-        yield "--", "servers", f"yours: {shown}. To try them: python3 -m course_tasks servers"
+        try:
+            servers.check_given()
+            yield "ok", "servers", f"yours: {shown}"
+        except servers.ServerError as error:
+            yield "!!", "servers", str(error)
+        except ImportError:
+            yield "--", "servers", f"yours: {shown}. They are tried when .venv is there"
         return
     pair = servers.running()
     others = servers.ports_of_other_clones()

@@ -298,6 +298,11 @@ def _spare_the_proxy() -> None:
             os.environ[name] = ",".join([*known, *(host for host in LOOPBACK if host not in known)])
 
 
+def check_given() -> None:
+    """Raises ServerError if the user gave servers that can't be used, ImportError if nothing here can ask them."""
+    _pair_of_environment(PATIENCE)
+
+
 def _pair_of_environment(seconds: float) -> Pair | None:
     """The user's own two servers, checked; None if there are none."""
     if not (given := given_urls()):
@@ -558,7 +563,9 @@ def _share_or_start(directory: Path, wanted: dict[str, int] | None, notebook: st
             variables["REDISCLI_AUTH"] = state.password
             _write_script(Path(pair.script), variables, database, notebook)
     except OSError as error:
-        remedy = "Remove it, or set XDG_RUNTIME_DIR to a directory of your own."
+        remedy = "Set XDG_RUNTIME_DIR to a directory of your own."
+        if os.environ.get("COURSE_RUNTIME"):
+            remedy = "Unset COURSE_RUNTIME, or set it to a directory of your own."
         raise ServerError(f"Cannot use the runtime directory {directory}: {_reason(error)}. {remedy}") from None
     os.environ.update(variables)
     return pair

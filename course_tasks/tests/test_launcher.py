@@ -21,12 +21,11 @@ import threading
 import time
 import urllib.request
 import zipfile
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import psutil
 import pytest
 import websocket
 from jupyter_client import BlockingKernelClient
@@ -117,7 +116,7 @@ def ended(process):
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
-    assert "Traceback" not in out + err
+    assert "Traceback" not in (out or "") + err
     return process.returncode, out, err
 
 
@@ -172,263 +171,125 @@ def test_unknown_words_are_refused_in_one_line(clone, words, wanted):
 
 
 def old_pythons():
-    """Pythons from 3.6 to 3.10 on this machine: a path for each minor version."""
-    versions = sorted(Path(sys.base_prefix).parent.glob("3.*/bin/python3"))  # where pyenv keeps them
-    versions += filter(None, (shutil.which(f"/usr/bin/python3.{minor}") for minor in range(6, 11)))
-    found = {re.search(r"3\.(\d+)", str(path))[1]: str(path) for path in versions}
-    return [path for minor, path in found.items() if 6 <= int(minor) <= 10]
+    """Pythons 2.7 and 3.6 to 3.10 on this machine: a path for each minor version."""
+    versions = sorted(Path(sys.base_prefix).parent.glob("[23].*/bin/python"))  # where pyenv keeps them
+    versions += filter(None, (shutil.which(f"/usr/bin/python{version}") for version in ("2.7", "3.8", "3.9", "3.10")))
+    found = {re.search(r"[23]\.\d+", str(path))[0]: str(path) for path in versions}
+    return [path for version, path in found.items() if version in ("2.7", "3.6", "3.7", "3.8", "3.9", "3.10")]
 
 
-@pytest.mark.skipif(not old_pythons(), reason="no Python from 3.6 to 3.10 on this machine")
-def test_python_too_old(clone):
+@pytest.mark.skipif(not old_pythons(), reason="no Python from 2.7 to 3.10 on this machine")
+@pytest.mark.parametrize("words", [["lab"], ["test", "-x"], []])
+def test_python_too_old(clone, words):
+    bin = clone.home / "bin"
+    bin.mkdir()
     for python in old_pythons():
-        code, out, err = clone.run("lab", python=python)
-        assert (code, out) == (1, "")
-        assert LINE.fullmatch(err) and "needs Python 3.11 or newer, and this is 3." in err
-    assert not clone.venv.exists()
-
-
-def test_the_command_line_parses_on_old_pythons():
-    source = (ROOT / "course_tasks" / "__main__.py").read_text()
-    ast.parse(source, feature_version=(3, 7))  # as far back as ast goes
-
-
-def test_python_newer_than_tested_is_a_warning(clone):
-    main = clone.root / "course_tasks" / "__main__.py"
-    main.write_text(re.sub(r"NEWEST = (.*), \(3, \d+\)", r"NEWEST = \1, (3, 10)", main.read_text()))
-    code, out, err = clone.run("doctor")
-    assert code == 0
-    assert LINE.fullmatch(err) and "Warning: Python 3." in err
-    assert "ok  Python" in out
-
-
-# Installing
-
-
-def test_two_first_runs_at_once_in_an_odd_path(installed):
-    assert [(code, err) for code, _, err in installed.first_runs] == [(0, "")] * 2
-    waiting, working = sorted(out for _, out, _ in installed.first_runs)
-    assert waiting == f"Another run is installing into .venv just now; waiting for it.\n{READY}"
-    assert working.startswith("Installing what the course needs into .venv")
-    assert "Installing 1 packages" in working and working.endswith(READY)
-    assert installed.works()
-
-
-def test_nothing_to_do_the_second_time(installed):
-    log = (installed.venv / "install.log").stat()
-    assert installed.run("install") == (0, READY, "")
-    assert (installed.venv / "install.log").stat() == log
-    assert sorted(path.name for path in installed.root.iterdir()) == sorted(installed.files | {".venv"})
-
-
-@pytest.mark.parametrize("name", ["requirements.txt", "pyproject.toml", "course_tasks/constraints.txt"])
-def test_a_changed_pin_updates_the_venv_in_place(installed, name):
-    (installed.venv / "theirs").touch()
-    with (installed.root / name).open("a") as pins:
-        pins.write("# changed\n")
-    code, out, err = installed.run("install")
-    assert (code, err) == (0, "")
-    assert out.startswith("Bringing .venv up to date.") and out.endswith(READY)
-    assert (installed.venv / "theirs").exists() and installed.works()
-
-
-def test_progress_is_one_live_line_on_a_terminal(installed):
-    with (installed.root / "pyproject.toml").open("a") as pins:
-        pins.write("# changed again\n")
-    subprocess.run([installed.venv / "bin" / "pip", "uninstall", "-qy", "tiny"], check=True)
-    ours, theirs = os.openpty()
-    process = installed.start("install", stdout=theirs)
-    os.close(theirs)
-    seen = b""
-    with suppress(OSError):  # on Linux that is how a terminal ends
-        while text := os.read(ours, 1000):
-            seen += text
-    os.close(ours)
-    assert (process.wait(60), process.stderr.read()) == (0, "")
-    first, live, last = seen.decode().split("\r\n")[:3]
-    assert first == "Bringing .venv up to date."
-    assert re.search(r"\r\033\[K +\d+ s  Preparing\r", live)
-    assert re.search(r"\r\033\[KInstalled in \d+ s\.$", live)
-    assert last == READY.strip()
-
-
-def test_pip_fails(installed):
-    installed.require("tiny==2.0")
-    for _ in range(2):
-        code, _, err = installed.run("install")
-        assert code == 1
-        assert LINE.fullmatch(err) and "pip failed: No matching distribution found for tiny==2.0" in err
-    assert installed.works()
-    installed.require("tiny==1.0")
-    code, out, _ = installed.run("install")
-    assert (code, out.splitlines()[0]) == (0, "Bringing .venv up to date.")
-
-
-def test_a_venv_made_by_hand_is_used_or_left_alone(installed):
-    python = installed.venv / "bin" / "python"
-    (installed.venv / "theirs").touch()
-    installed.stamp.unlink()
-    python.rename(python.with_name("away"))
-    code, out, err = installed.run("install")
-    assert (code, out) == (1, "")
-    assert LINE.fullmatch(err) and "Move it away" in err
-
-    python.with_name("away").rename(python)
-    code, out, err = installed.run("install")
-    assert (code, err) == (0, "")
-    assert out.startswith("Bringing .venv up to date.")
-    assert (installed.venv / "theirs").exists() and installed.works()
-
-
-def test_a_linked_venv_that_does_not_fit_is_left_alone(clone, tmp_path):
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    stamp = '{"venv": "/another/.venv", "python": "3"}'
-    (elsewhere / "course.json").write_text(stamp)
-    (elsewhere / "lib").mkdir()
-    clone.venv.symlink_to(elsewhere)
-    code, out, err = clone.run("install")
-    assert (code, out) == (1, "") and LINE.fullmatch(err) and "Remove the link" in err
-    assert (elsewhere / "lib").exists() and clone.stamp.read_text() == stamp
-
-
-def test_a_moved_clone_gets_a_new_venv(installed):
-    installed.move("anderswo, später")
-    assert not installed.works()
-    code, out, err = installed.run("install")
-    assert (code, err) == (0, "")
-    assert out.startswith("Installing what the course needs into .venv")
-    assert installed.works()
-
-
-def wait_for_pip(clone, command):
-    """Wait until a child of the command is in the middle of putting pip into .venv."""
-
-    def at_work():
-        return psutil.Process(command.pid).children() and any(clone.venv.glob("lib/*/site-packages/pip"))
-
-    until(at_work, "pip is being put into .venv")
-
-
-def test_killed_in_the_middle(clone, request):
-    def sweep():
-        with suppress(ProcessLookupError):
-            os.killpg(first.pid, signal.SIGKILL)
-
-    waiting = "Another run is installing into .venv just now; waiting for it.\n"
-    first = clone.start("install")
-    request.addfinalizer(sweep)
-    wait_for_pip(clone, first)
-    os.killpg(first.pid, signal.SIGSTOP)
-    first.kill()  # and only that, so what it started holds the lock
-    first.communicate()
-
-    second = clone.start("install")
-    assert second.stdout.readline() == waiting
-    second.send_signal(signal.SIGINT)
-    code, _, err = ended(second)
-    assert code == 130
-    assert LINE.fullmatch(err) and "Nothing needs cleaning up" in err
-
-    third = clone.start("install")
-    assert third.stdout.readline() == waiting
-    assert clone.stamp.read_text() == "{}"
-    os.killpg(first.pid, signal.SIGKILL)
-    code, out, err = ended(third)
-    assert (code, err) == (0, "")
-    assert out.startswith("Installing what the course needs")
-    assert clone.works()
-
-
-def test_no_network(clone):
-    clone.require("celery==5.7.0")
-    offline = {"PIP_NO_INDEX": "0", "PIP_INDEX_URL": f"http://127.0.0.1:{next(free_ports())}/", "PIP_RETRIES": "1"}
-    code, _, err = clone.run("install", **offline)
-    assert code == 1
-    assert LINE.fullmatch(err) and "Connect to the network, and run the same command again" in err
-    clone.require("tiny==1.0")
-    code, out, err = clone.run("install")
-    assert (code, err) == (0, "")
-    assert out.startswith("Bringing .venv up to date.")
-    assert clone.works()
-
-
-def python_without_ensurepip(place, with_pip):
-    """A copy of this Python as Debian ships it: no ensurepip, and pip only if asked for."""
-    base, name = Path(sys.base_prefix), "python{}.{}".format(*sys.version_info)
-    library = place / "lib" / name
-    (library / "site-packages").mkdir(parents=True)
-    (place / "bin").mkdir()
-    shutil.copy2(base / "bin" / name, place / "bin" / "python3")
-    for entry in (base / "lib" / name).iterdir():
-        if entry.name not in ("ensurepip", "site-packages", "dist-packages", "sitecustomize.py"):
-            (library / entry.name).symlink_to(entry)
-    if with_pip:
-        pip = list((base / "lib" / name / "site-packages").glob("pip*"))
-        if not pip:
-            pytest.skip("the Python under this one has no pip")
-        for entry in pip:
-            (library / "site-packages" / entry.name).symlink_to(entry)
-    found = (
-        "import sys; from importlib.util import find_spec as f; print(sys.base_prefix, f('ensurepip'), bool(f('pip')))"
-    )
-    run = subprocess.run(
-        [place / "bin" / "python3", "-c", found], capture_output=True, text=True, env=environment(place)
-    )
-    if run.stdout.split() != [str(place), "None", str(with_pip)]:
-        pytest.skip(f"this Python can't be copied without its ensurepip: {run.stdout}{run.stderr}")
-    return place / "bin" / "python3"
-
-
-def test_no_ensurepip_but_a_pip(clone, tmp_path):
-    bundled = Path(sys.base_prefix, "lib", "python{}.{}".format(*sys.version_info), "ensurepip", "_bundled")
-    if not any(bundled.glob("pip-*.whl")):
-        pytest.skip("no wheel of pip on this machine, and the test may not fetch one")
-    python = python_without_ensurepip(tmp_path / "host", with_pip=True)
-    code, _, err = clone.run("install", python=python, PIP_FIND_LINKS=str(bundled))
-    assert (code, err) == (0, "")
-    assert clone.works()
-    assert next(clone.venv.glob("lib/*/site-packages/pip/__main__.py"))
-
-
-def test_neither_ensurepip_nor_pip(clone, tmp_path):
-    python = python_without_ensurepip(tmp_path / "host", with_pip=False)
-    wanted = "sudo apt install python{}.{}-venv".format(*sys.version_info)
-    for _ in range(2):
-        code, _, err = clone.run("lab", python=python)
-        assert code == 1
-        assert LINE.fullmatch(err) and wanted in err
-    shutil.rmtree(clone.venv)
-    code, out, err = clone.run("doctor", python=python)
-    assert (code, err) == (1, "")
-    assert re.search(rf"^!!  \.venv .*{wanted}", out, re.MULTILINE)
-
-
-@contextmanager
-def read_only(root):
-    """Take away the right to write; yields the words before a command by which root is bound by that as well."""
-    paths = [root, *root.rglob("*")]
-    modes = [path.stat().st_mode for path in paths]
-    for path, mode in zip(paths, modes, strict=True):
-        path.chmod(mode & ~0o222)
-    try:
-        yield ["setpriv", "--bounding-set", "-dac_override,-dac_read_search,-fowner"] if os.geteuid() == 0 else []
-    finally:
-        for path, mode in zip(paths, modes, strict=True):
-            path.chmod(mode)
-
-
-@pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("setpriv"), reason="root can write everywhere")
-def test_read_only_clone(clone):
-    with read_only(clone.root) as prefix:
-        for words in (["install"], ["lab"]):
-            code, out, err = clone.run(*words, prefix=prefix)
+        for newer in (False, True):
+            (bin / "python3.12").unlink(missing_ok=True)
+            if newer:
+                (bin / "python3.12").symlink_to("/bin/true")
+            code, out, err = clone.run(*words, python=python, PATH=str(bin))
             assert (code, out) == (1, "")
-            assert LINE.fullmatch(err) and "Clone the course into a folder of your own" in err
-        code, out, err = clone.run("doctor", prefix=prefix)
-        assert (code, err) == (1, "")
-        assert re.search(r"^!!  \.venv .*Clone the course", out, re.MULTILINE)
+            hint = "This machine has one: python3.12" if newer else "With one installed: python3.14"
+            assert LINE.fullmatch(err) and "The course needs Python 3.11 or newer, and this is " in err
+            assert err.endswith(f". {hint} -m course_tasks {' '.join(words) or 'lab'}\n")
     assert not clone.venv.exists()
+    ignored = re.findall(r"^\*(\.\w+)", (ROOT / ".gitignore").read_text(), re.MULTILINE)
+    assert {path.suffix for path in clone.root.glob("course_tasks/*")} <= {".py", ".txt", "", *ignored}
+
+
+def test_an_old_python_can_read_what_it_is_told():
+    tree = ast.parse((ROOT / "course_tasks" / "__init__.py").read_text(), feature_version=(3, 7))  # ast goes no further
+    assert not [node for node in ast.walk(tree) if isinstance(node, (ast.JoinedStr, ast.Starred, ast.AnnAssign))]
+
+
+def test_python_newer_than_tested_is_told_by_the_doctor(clone):
+    module = clone.root / "course_tasks" / "install.py"
+    module.write_text(re.sub(r"NEWEST = \(3, \d+\)", "NEWEST = (3, 10)", module.read_text()))
+    code, out, err = clone.run("doctor")
+    assert (code, err) == (0, "")
+    assert re.search(r"^--  Python +3\..*newer than the course was tested with$", out, re.MULTILINE)
+    assert clone.run("--version")[2] == ""
+
+
+# What is wrong with the machine
+
+
+def in_a_mount_namespace(script):
+    """The words before a command by which it sees a changed file system."""
+    if os.geteuid() != 0 or subprocess.run(["unshare", "-m", "true"], check=False).returncode:
+        pytest.skip("only root can change what a process sees of the file system")
+    return ["unshare", "-m", "sh", "-c", f'{script} && exec "$@"', "sh"]
+
+
+def assert_refused(clone, what, text, commands=("lab", "test", "servers"), **more):
+    """The commands end with one line, which the doctor's finding has as well."""
+    code, out, _ = clone.run("doctor", **more)
+    found = re.search(rf"^!!  {what} +(.*)$", out, re.MULTILINE)
+    assert code == 1 and found and text in found[1], out
+    for command in commands:
+        assert clone.run(command, **more) == (1, "", f"course_tasks: {found[1]}\n")
+    assert not clone.venv.exists()
+
+
+@pytest.mark.parametrize(("name", "text"), [("a:b", "a colon"), ("a\nb", "the end of"), ("a$HOME", "a variable")])
+def test_a_path_that_cannot_be_used_is_refused_in_one_line(clone, name, text):
+    clone.move(name)
+    assert_refused(clone, "folder", text, ("install", "lab", "test"))
+
+
+def test_a_path_with_a_dollar_that_starts_no_name_of_a_variable_is_fine(clone):
+    clone.move("5$ and $nothing_of_this_name")
+    assert clone.run("doctor")[0] == 0
+
+
+@pytest.mark.parametrize("home", ["/proc", "relative", "/dev/null", "/proc/nowhere/at/all"])
+def test_a_home_that_cannot_be_written_is_refused_in_one_line(clone, home):
+    assert_refused(clone, "home", "Set HOME to a folder of your own", HOME=home)
+
+
+def test_folders_of_jupyters_own_make_up_for_a_home_that_cannot_be_written(clone, tmp_path):
+    names = ("JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR")
+    assert clone.run("doctor", HOME="/proc", **{name: str(tmp_path / name) for name in names})[0] == 0
+    assert not [name for name in names if (tmp_path / name).exists()]
+
+
+def test_an_empty_home_is_as_good_as_none(clone):
+    code, out, _ = clone.run("doctor", HOME="")
+    assert code == 0 and "home" not in out
+
+
+@pytest.mark.parametrize(("limit", "refused"), [("-n 64", True), ("-S -n 64", False)])
+def test_too_few_open_files_are_refused_in_one_line(clone, limit, refused):
+    prefix = ["sh", "-c", f'ulimit {limit} && exec "$@"', "sh"]
+    if refused:
+        assert_refused(clone, "files", "only 64 files at once, and the course needs 256", prefix=prefix)
+    else:
+        assert clone.run("doctor", prefix=prefix)[0] == 0
+
+
+def test_a_machine_without_localhost_is_refused_in_one_line(clone, tmp_path):
+    (tmp_path / "hosts").write_text("127.0.0.1 another-name\n")
+    prefix = in_a_mount_namespace(f"mount --bind {tmp_path}/hosts /etc/hosts")
+    knows = [*prefix, HOST, "-c", "import socket; socket.getaddrinfo('localhost', 1)"]
+    if subprocess.run(knows, stderr=subprocess.DEVNULL, check=False).returncode == 0:
+        pytest.skip("this machine knows localhost without the file")
+    assert_refused(clone, "localhost", "Add the line `127.0.0.1 localhost` to /etc/hosts", prefix=prefix)
+
+
+@pytest.mark.parametrize("words", [["doctor"], ["--help"], ["install"]])
+def test_a_reader_that_goes_away_leaves_no_traceback(installed, words):
+    ours, theirs = os.pipe()
+    os.close(ours)
+    process = installed.start(*words, stdout=theirs)
+    os.close(theirs)
+    assert ended(process) == (1, None, "")
+
+
+def test_an_output_that_cannot_be_written_is_one_line(installed):
+    with Path("/dev/full").open("w") as full:
+        code, _, err = ended(installed.start("doctor", stdout=full))
+    assert code == 1 and LINE.fullmatch(err) and "No space left" in err
 
 
 # What the commands do once .venv is there
@@ -494,7 +355,7 @@ def test_doctor_says_that_the_servers_are_the_users_and_shows_no_password(clone)
     code, out, err = clone.run("doctor", **given)
     assert (code, err) == (0, "") and "secret" not in out
     assert "--  servers    yours: CELERY_BROKER_URL=redis://localhost:1/0, CELERY_RESULT_BACKEND=redis" in out
-    assert "port" not in out
+    assert "They are tried when .venv is there" in out and "port" not in out
 
 
 @pytest.mark.parametrize(
@@ -540,10 +401,10 @@ def start_real(home, *words, **more):
 
 @real
 def test_options_go_to_pytest(tmp_path):
-    options = ["--collect-only", "-q", "-k", "parses_on_old", "course_tasks/tests/test_launcher.py"]
+    options = ["--collect-only", "-q", "-k", "old_python_can_read", "course_tasks/tests/test_launcher.py"]
     code, out, err = ended(start_real(tmp_path, "test", *options))
     assert (code, err) == (0, "")
-    assert out.startswith("course_tasks/tests/test_launcher.py::test_the_command_line_parses_on_old_pythons\n")
+    assert out.startswith("course_tasks/tests/test_launcher.py::test_an_old_python_can_read_what_it_is_told\n")
 
 
 @real
@@ -604,7 +465,12 @@ def lab(tmp_path_factory):
     page.parent.mkdir(parents=True)
     page.write_text('{"theirs": "kept"}')
     for name in (".bashrc", ".zshrc"):  # as pyenv and conda do it
-        (home / name).write_text("export PATH=/somewhere/shims:/usr/bin:/bin:$PATH; export THEIRS=sourced\n")
+        lines = (
+            "export PATH=/somewhere/shims:/usr/bin:/bin:$PATH; export THEIRS=sourced; export PYTHONPATH=$HOME/path\n"
+        )
+        (home / name).write_text(lines)
+    (home / "path").mkdir()
+    (home / "path" / "celery.py").write_text("raise SystemExit('the other one')\n")
     shell = next(filter(None, map(shutil.which, ("bash", "zsh"))))
     broker, backend = itertools.islice(free_ports(), 2)
     urls = {
@@ -759,3 +625,50 @@ def test_jupyterlab_itself_is_told_not_to_take_another_port_if_one_is_asked_for(
     assert code == 0
     server = json.loads(out[out.index("{") :])["ServerApp"]
     assert ("port_retries" in server) == bool(words) and server.get("port_retries", 0) == 0
+
+
+@real
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"CELERY_BROKER_URL": "redis://localhost:1"}, "Connection refused"),
+        ({"CELERY_RESULT_BACKEND": "{}"}, "CELERY_BROKER_URL (): it is not set, and the other one is"),
+        ({"CELERY_BROKER_URL": "amqp://localhost", "CELERY_RESULT_BACKEND": "{}"}, "needs Redis or Valkey"),
+        ({"CELERY_BROKER_URL": "{}", "CELERY_RESULT_BACKEND": "redis://:wrong@localhost:1"}, "Connection refused"),
+        ({"CELERY_BROKER_URL": "{wrong}", "CELERY_RESULT_BACKEND": "{}"}, "invalid username-password pair"),
+        ({"CELERY_BROKER_URL": "{}", "CELERY_RESULT_BACKEND": "{}"}, ""),
+    ],
+)
+def test_doctor_tries_the_servers_that_the_user_gave(tmp_path, given, problem):
+    url = os.environ["CELERY_BROKER_URL"]
+    wrong = re.sub(r":\w+@", ":wrong@", url)
+    given = {name: text.replace("{wrong}", wrong).replace("{}", url) for name, text in given.items()}
+    code, out, err = ended(start_real(tmp_path, "doctor", **given))
+    found = re.search(r"^(ok|!!)  servers +(.*)$", out, re.MULTILINE)
+    assert err == "" and found and urlsplit(url).password not in out and "wrong@" not in out
+    assert (code, found[1]) == ((1, "!!") if problem else (0, "ok"))
+    assert problem in found[2]
+
+
+@real
+def test_a_package_that_would_shadow_the_courses_is_left_out_and_told(tmp_path):
+    other = tmp_path / "path" / "celery"
+    other.mkdir(parents=True)
+    (other / "__init__.py").write_text("raise SystemExit('the other one')\n")
+    (tmp_path / "path" / "redis.py").write_text("raise SystemExit('the other one')\n")
+    path = {"PYTHONPATH": str(other.parent), "COURSE_RUNTIME": ""}
+    told = f"PYTHONPATH ({other.parent}) is left out: it has another celery and redis.\n"
+    code, out, err = ended(start_real(tmp_path, "doctor", **path))
+    assert (code, err) == (0, "")
+    assert f"--  PYTHONPATH  {other.parent} is left out: it has another celery and redis\n" in out
+    options = ["-q", "-n", "0", "-k", "Cell", "notebooks/00_welcome.ipynb"]
+    code, out, err = ended(start_real(tmp_path, "test", *options, **path))
+    assert (code, err) == (0, f"course_tasks: {told}"), out
+
+
+@real
+def test_labs_terminal_takes_no_packages_from_elsewhere(lab):
+    found = in_terminal(
+        lab, "echo \"<$(python -c 'import celery; print(celery.__file__)')|$PYTHONPATH>\"", r"<(/.*)\|(.*)>"
+    )
+    assert found[1].startswith(str(VENV)) and found[2] == ""

@@ -781,12 +781,20 @@ def test_a_runtime_directory_that_others_may_have_made_is_refused(home, here, ho
     else:
         directory.mkdir()
         directory.chmod(0o770)
-    with pytest.raises(servers.ServerError, match=r"it is not this user's alone\. Remove it, or set XDG_RUNTIME_DIR"):
+    with pytest.raises(
+        servers.ServerError, match=r"this user's alone\. Set XDG_RUNTIME_DIR to a directory of your own\."
+    ):
         servers.ensure()
     (directory / "pair.json").write_text(json.dumps({"ports": {"broker": 1, "backend": 2}, "notice": "", "guard": 1}))
     with (directory / "pair.json").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert servers.urls() == tuple(f"redis://localhost:{port}/0" for port in home.ports.values())
+
+
+def test_nobody_is_told_to_remove_a_folder_that_is_not_the_courses(here, monkeypatch):
+    monkeypatch.setenv("COURSE_RUNTIME", "/etc")
+    with pytest.raises(servers.ServerError, match=r"/etc: .*\. Unset COURSE_RUNTIME, or set it to [^.]*\.$"):
+        servers.ensure()
 
 
 def test_a_runtime_directory_that_cannot_be_made(here, monkeypatch, tmp_path):

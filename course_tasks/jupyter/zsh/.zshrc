@@ -6,3 +6,4 @@ if [ -f "$ZDOTDIR/.zshrc" ]; then . "$ZDOTDIR/.zshrc"; fi
 if [ -n "$COURSE_RUNTIME" ] && [ -r "$COURSE_RUNTIME/latest.sh" ]; then . "$COURSE_RUNTIME/latest.sh"; fi
 . "$course_settings/../../../.venv/bin/activate"
 unset course_settings USER_ZDOTDIR
+unset PYTHONPATH  # which would put other packages in front of the course's
