@@ -198,7 +198,7 @@ def run(command, options):
     from course_tasks.servers import ServerError
 
     own = options[1:] if options[:1] == ["--"] else options
-    asked = understood(command, options) if command not in ("lab", "test", "reset", "server") else None
+    asked = understood(command, options) if command not in ("lab", "test", "reset", "runsheet", "server") else None
     try:
         if command == "server":  # in the folder where it is asked for, and with any Python
             return server(own)
