@@ -139,6 +139,16 @@ def sent(task_id: str) -> Sent | None:
     return _sent.get(task_id)
 
 
+def was_sent(task: str, *args: Any) -> bool:
+    """Whether this process has sent a task with these arguments, by position or by name, of late.
+
+    Args:
+        task: the task's name.
+        args: its arguments, in their order.
+    """
+    return any(each.task == task and [*each.args, *each.kwargs.values()] == [*args] for each in _sent.values())
+
+
 def called(answer: Callable, *args: Any, case: str = "") -> Any:
     """Call a learner's function.
 

@@ -1,38 +1,54 @@
-"""The exercises of chapter 02."""
+"""The exercises and the quiz of chapter 02."""
 
+import json
+import os
+import time
 import uuid
 from collections.abc import Callable
 
 from celery import Celery
+from redis import Redis
 
 from course_tasks.exercises import Exercise, Question, WrongAnswer, called
+from course_tasks.exercises.project import Project
+
+LARGE = 1_000_000  # letters in a result of the chapter's list `results`
+HOUR, DAY = 3600, 86_400
 
 
-def _time_to_live(answer: int) -> str | None:
+def _time_to_live(answer: float) -> str | None:
     if answer == -2:
         return "-2 says that this server has no such key. Is it the backend that you asked, and is the key right?"
-    if answer > 86_000:
-        return "that is in milliseconds, or more than the worker's setting allows. Ask with ttl, which gives seconds."
-    if answer == 3600:
-        return "3600 is what the key began with, and some of that is over. Ask the backend what is left."
-    if not 0 < answer < 3600:
-        return f"{answer} can't be: the key began with 3600 seconds, and they run down."
+    if answer > DAY:
+        return "that is in milliseconds, or it is a time on the clock. Ask with ttl, which gives seconds."
+    with Redis.from_url(os.environ["CELERY_RESULT_BACKEND"]) as backend:
+        left = [backend.pttl(key) / 1000 for key in backend.scan_iter("celery-task-meta-*") if _large(backend, key)]
+    if not left:
+        return "the two results are not in the backend any more. Run the cell again that makes them, and then this one."
+    if answer >= HOUR:
+        return f"{answer} is what the key began with, or more. Some of that is over: ask the backend what is left."
+    if answer < min(left) - 1:
+        return f"the backend will keep it for {min(left):.0f} more seconds, and {answer} is less. Ask with ttl."
     return None
+
+
+def _large(backend: Redis, key: bytes) -> bool:
+    return backend.type(key) == b"string" and backend.strlen(key) > LARGE
 
 
 def _looks_up(answer: Callable) -> str | None:
     backend = Celery(set_as_current=False).backend
-    stored = [str(uuid.uuid4()) for _ in range(2)]
+    stored = {str(uuid.uuid4()): value for value in ([4, 5], 0, ZeroDivisionError("division by zero"))}
     try:
-        for task_id, result in zip(stored, ([4, 5], 0), strict=True):
-            backend.store_result(task_id, result, "SUCCESS")
+        for task_id, value in stored.items():
+            backend.store_result(task_id, value, "FAILURE" if isinstance(value, Exception) else "SUCCESS")
         return _judged_lookup(answer, *stored)
     finally:
         for task_id in stored:
             backend.forget(task_id)
 
 
-def _judged_lookup(answer: Callable, task_id: str, of_zero: str) -> str | None:
+def _judged_lookup(answer: Callable, task_id: str, of_zero: str, failed: str) -> str | None:
     found = called(answer, task_id, case="given the id of a stored result, ")
     if isinstance(found, bytes | str):
         return "it returned the record as text. json.loads makes a dictionary of it."
@@ -50,19 +66,87 @@ def _judged_lookup(answer: Callable, task_id: str, of_zero: str) -> str | None:
         return f"nothing is stored for an unknown id, and it returned {found!r}, not None."
     if called(answer, of_zero, case="given the id of a result that is 0, ") != 0:
         return "a task whose result is 0 has a result too, and it did not return that 0."
+    if isinstance(called(answer, failed, case="given the id of a task that failed, "), BaseException):
+        return "for a failed task it returned an exception, so it asked Celery. Read the record with backend and json."
     return None
+
+
+def _keeps_prices(folder: str) -> str | None:
+    with Project(folder) as project:
+        project.worker("celery -A quotes worker --pool=solo --without-mingle --without-gossip")
+        task_id = project.client().send_task("price", args=(2,)).id
+        deadline = time.monotonic() + 10
+        while f"[{task_id}] " not in (log := project.log().partition("] received")[2]):
+            if time.monotonic() > deadline:
+                return "the worker has not run the task price within 10 s."
+            time.sleep(0.02)
+        left = project.backend.ttl(f"celery-task-meta-{task_id}")
+        if "succeeded in" not in log:
+            return f"the task price fails: {log.strip().splitlines()[-1]}"
+        if left == -2:
+            return "the task succeeds, but no result of it is in the backend."
+        if left == -1:
+            return "now the backend keeps each result for ever. After a day, it should be gone."
+        if left > DAY:
+            return f"now the backend keeps each result for {left} seconds, which is longer than a day."
+        if left < HOUR - 60:
+            return f"the backend keeps a result for {left} seconds from the worker. Customers come back within an hour."
+        order = project.run("python order.py").split()
+        if not order:
+            return "`python order.py` should print the order's id."
+        said = project.run(f"python order.py {order[-1]}").strip()
+        stored = project.backend.get(f"celery-task-meta-{order[-1]}")
+        if not stored or json.loads(stored)["result"] != 42 or "42" not in said:
+            return f"14 pieces cost 42, and the customer reads {said!r}."
+    return None
+
+
+QUOTES = """
+%%writefile scratch/quotes/quotes.py
+from celery import Celery
+
+app = Celery("quotes", broker="redis://localhost:6379/0", backend="redis://localhost:6380/0"{more})
+{setting}
+
+
+@app.task(name="price"{options})
+def price(pieces):
+    return {price}
+"""
+ORDER = """
+%%writefile scratch/quotes/order.py
+import sys
+
+from celery import Celery
+
+client = Celery(broker="redis://localhost:6379/0", backend="redis://localhost:6380/0")
+client.conf.result_expires = 3600
+if len(sys.argv) == 1:
+    print(client.send_task("price", args=(14,)).id)
+else:
+    print("The price is", client.AsyncResult(sys.argv[1]).get(timeout=30))
+"""
+
+
+def _quotes(setting: str = "", more: str = "", options: str = "", price: str = "3 * pieces") -> str:
+    return QUOTES.format(setting=setting, more=more, options=options, price=price).strip()
 
 
 EXERCISES = {
     "02-1": Exercise(
-        kind=int,
+        kind=(int, float),
         judge=_time_to_live,
         wrong={
             'answer = broker.ttl(f"celery-task-meta-{results[0].id}")': "this server has no such key",
             'answer = backend.pttl(f"celery-task-meta-{results[0].id}")': "in milliseconds",
             "answer = app.conf.result_expires": "what the key began with",
-            "answer = client.conf.result_expires": "should be a whole number",
+            "answer = client.conf.result_expires": "should be a whole number or a number",
+            "answer = 1800": "and 1800 is less",
         },
+        right=(
+            "answer = backend.pttl(client.backend.get_key_for_task(results[0].id)) / 1000",
+            'import time\nanswer = backend.expiretime(f"celery-task-meta-{results[0].id}") - time.time()',
+        ),
     ),
     "02-2": Exercise(
         kind=Callable,
@@ -75,7 +159,37 @@ EXERCISES = {
             ),
             "answer = lambda task_id: backend.get(task_id)": "for a result that is stored",
             'answer = json.loads(backend.get(f"celery-task-meta-{results[0].id}"))["result"]': "should be a function",
+            "answer = lambda task_id: client.AsyncResult(task_id).result": "so it asked Celery",
+            'answer = lambda i: json.loads(backend.get(f"celery-task-meta-{i}") or "{}").get("result") or None': (
+                "did not return that 0"
+            ),
         },
+        right=(
+            'answer = lambda task_id: json.loads(backend.get("celery-task-meta-" + task_id) or "{}").get("result")',
+            "import functools\n"
+            "def look(server, task_id):\n"
+            '    for stored in server.mget(["celery-task-meta-" + task_id]):\n'
+            '        return stored and json.loads(stored)["result"]\n'
+            "answer = functools.partial(look, backend)",
+        ),
+    ),
+    "02-3": Exercise(
+        kind=str,
+        judge=_keeps_prices,
+        wrong={
+            _quotes("app.conf.result_expires = 60"): "for 60 seconds",
+            _quotes("app.conf.result_expires = None"): "for ever",
+            _quotes("app.conf.result_expires = 3600 * 1000"): "longer than a day",
+            _quotes(options=", ignore_result=True"): "no result of it is in the backend",
+            _quotes(price="4 * pieces"): "14 pieces cost 42",
+            ORDER.strip(): "from the worker",
+        },
+        right=(
+            _quotes("from datetime import timedelta\n\napp.conf.update(result_expires=timedelta(hours=1))"),
+            _quotes(more=", result_expires=7200"),
+            _quotes("# a day, as by default", options=", bind=False"),
+        ),
+        project="scratch/quotes",
     ),
 }
 
@@ -99,16 +213,11 @@ QUIZ = {
         otherwise="answer with a number of minutes. Ask yourself first which of the two programs stores the result.",
     ),
     "02-3": Question(
-        right="d",
+        right="b",
         wrong={
-            "a": (
-                "the worker `patient` did this because of one setting, and the course's app doesn't have that setting."
-            ),
-            "b": (
-                "the function of the task doesn't need the backend. The worker needs it, before and after it runs "
-                "the function."
-            ),
-            "c": "by default, the message was acknowledged just before the task started, so the broker has no copy.",
+            "a": "the databases of a server share its memory. Only the keys are apart.",
+            "c": "the policy `volatile-ttl` would do that. `noeviction` drops nothing.",
+            "d": "the policy `allkeys-lru` could do that (see 01b). `noeviction` drops nothing.",
         },
     ),
     "02-4": Question(

@@ -1,14 +1,15 @@
-"""The exercises of chapter 02b."""
+"""The exercises and the quiz of chapter 02b."""
 
 import time
 import uuid
 from collections.abc import Callable
 
 from celery import Celery
-from celery.exceptions import TimeoutError
+from celery.exceptions import TaskRevokedError, TimeoutError
 from celery.result import AsyncResult
+from celery.states import READY_STATES
 
-from course_tasks.exercises import Exercise, Question, WrongAnswer, called
+from course_tasks.exercises import Exercise, Question, WrongAnswer, called, was_sent
 
 
 def _exception(answer: object) -> str | None:
@@ -25,9 +26,11 @@ def _exception(answer: object) -> str | None:
     if isinstance(answer, dict) and "pid" in answer:
         return "this says where the task was running when you looked. Wait until it is over, with get."
     if not isinstance(answer, BaseException):
-        return f"this is {answer!r}, a result. Divide 1 by 0, so that there is an exception."
+        return f"this is {answer!r}, a result. Divide 5 by 0, so that there is an exception."
     if not isinstance(answer, ZeroDivisionError):
-        return f"this is a {type(answer).__name__}: {answer}. Send the task divide with the arguments 1 and 0."
+        return f"this is a {type(answer).__name__}: {answer}. Send the task divide with the arguments 5 and 0."
+    if not was_sent("divide", 5, 0):
+        return "no worker was asked to divide 5 by 0. The exception should come from there."
     return None
 
 
@@ -36,9 +39,11 @@ def _outcome(answer: Callable) -> str | None:
     given = {
         "SUCCESS": 0,
         "FAILURE": ZeroDivisionError("division by zero"),
+        "REVOKED": TaskRevokedError("expired"),
         "STARTED": {"pid": 1, "hostname": "celery@laptop"},
         "RETRY": ConnectionError("the service is not up yet"),
         "PENDING": None,
+        "PROGRESS": {"done": 1, "total": 3},
     }
     ids = {state: str(uuid.uuid4()) for state in given}
     try:
@@ -65,30 +70,32 @@ def _judged(answer: Callable, result: AsyncResult, state: str, value: object) ->
             return f"{error} Return the exception instead."
         raise
     if time.monotonic() - begun > 0.4:
-        return f"it waited for a task that is {state}, and it was to come back at once."
+        return f"it took its time for a task that is {state}, and it should come back at once."
     if isinstance(found, AsyncResult):
         return "it returned the receipt that it was given, and not what the task returned."
-    if state == "SUCCESS" and found != value:
+    if state == "SUCCESS" and (found != value or isinstance(found, bool)):
         return f"for a task that returned 0 it returned {found!r}."
-    if state == "FAILURE" and not isinstance(found, ZeroDivisionError):
-        return f"for a task that failed with ZeroDivisionError it returned {found!r}, not the exception."
-    if state not in ("SUCCESS", "FAILURE") and found is not None:
+    if isinstance(value, BaseException) and state in READY_STATES and not isinstance(found, type(value)):
+        return f"for a task that is {state} it returned {found!r}, not its {type(value).__name__}."
+    if state not in READY_STATES and found is not None:
         return f"a task that is {state} isn't over, and it returned {found!r}, which is no outcome."
     return None
 
 
-def _progress(answer: list) -> str | None:
-    if answer and all(isinstance(each, dict) and "status" in each for each in answer):
-        return "these are whole records. Of each take what is under 'result', if its status is PROGRESS."
-    if answer and all(isinstance(each, str) for each in answer):
-        return "these are the states. The progress is in the records' results."
-    if any(not isinstance(each, dict) or "done" not in each for each in answer):
-        return "this has results of other states in it: take the records whose status is PROGRESS alone."
+def _progress(answer: list | tuple) -> str | None:
     if not answer:
         return "this list is empty. The status that you look for is the text 'PROGRESS', in capitals."
-    if answer[-1].get("total") != 3:
-        return f"it counted to {answer[-1].get('total')}, and was to count to 3."
-    return None if [each["done"] for each in answer] == [1, 2, 3] else "there are to be three: done 1, 2 and 3."
+    if all(isinstance(each, dict) and "status" in each for each in answer):
+        return "these are whole records. Of each, take what is under 'result', if its status is PROGRESS."
+    if all(isinstance(each, str) for each in answer):
+        return "these are the states. The progress is in the records' results."
+    if any(not isinstance(each, dict) or "done" not in each for each in answer):
+        return "some of these come from other states. Take only the records whose status is PROGRESS."
+    if answer[-1].get("total") != 4:
+        return f"it counted to {answer[-1].get('total')}, and it should count to 4."
+    if [each["done"] for each in answer] != [1, 2, 3, 4]:
+        return "there should be four reports: done 1, 2, 3 and 4."
+    return None if was_sent("count_to", 4) else "no worker was asked to count to 4. Send the task count_to."
 
 
 EXERCISES = {
@@ -96,12 +103,20 @@ EXERCISES = {
         kind=object,
         judge=_exception,
         wrong={
-            'answer = client.send_task("divide", args=(1, 0))': "this is the receipt",
-            "answer = failed.traceback": "this is a text",
-            'answer = client.send_task("divide", args=(0, 1)).get(timeout=10, propagate=False)': "this is 0.0",
+            'answer = ZeroDivisionError("division by zero")': "no worker was asked",
+            'answer = client.send_task("divide", args=(5, 0))': "this is the receipt",
+            "answer = divide.traceback": "this is a text",
+            'answer = client.send_task("divide", args=(0, 5)).get(timeout=10, propagate=False)': "this is 0.0",
             'answer = client.AsyncResult("never-sent").result': "this is None",
             "answer = ZeroDivisionError": "this is the class",
         },
+        right=(
+            "try:\n"
+            '    client.signature("divide", kwargs={"x": 5, "y": 0}).delay().get(timeout=10)\n'
+            "except ZeroDivisionError as error:\n"
+            "    answer = error",
+            'asked = client.send_task("divide", (5, 0.0))\nwait_until(asked.ready)\nanswer = asked.result',
+        ),
     ),
     "02b-2": Exercise(
         kind=Callable,
@@ -110,21 +125,59 @@ EXERCISES = {
             "answer = lambda result: result.result": "is STARTED isn't over",
             "answer = lambda result: result.get(timeout=1)": "is FAILURE, your function raised ZeroDivisionError",
             "answer = lambda result: result.get(timeout=1, propagate=False)": "it waited for a task that is STARTED",
-            "answer = lambda result: result.result if result.successful() else None": "None, not the exception",
+            "answer = lambda result: result.result if result.successful() else None": "None, not its ZeroDivisionError",
             "answer = lambda result: result.result or None": "for a task that returned 0 it returned None",
+            "answer = lambda result: result.result if result.successful() or result.failed() else None": (
+                "None, not its TaskRevokedError"
+            ),
+            'answer = lambda r: None if r.state in ("PENDING", "STARTED", "RETRY") else r.result': (
+                "PROGRESS isn't over"
+            ),
+            "import time\n"
+            "def answer(result):\n"
+            "    time.sleep(0.5)\n"
+            "    return result.result if result.ready() else None": "it took its time",
         },
+        right=(
+            "answer = lambda result: result.get(timeout=1, propagate=False) if result.ready() else None",
+            "class Outcome:\n"
+            "    def __call__(self, result):\n"
+            "        record = client.backend.get_task_meta(result.id)\n"
+            '        return record["result"] if record["status"] in celery.states.READY_STATES else None\n'
+            "answer = Outcome()",
+        ),
     ),
     "02b-3": Exercise(
-        kind=list,
+        kind=(list, tuple),
         judge=_progress,
         wrong={
-            'answer = watch("count_to", 3)': "these are whole records",
-            'answer = [record["status"] for record in watch("count_to", 3)]': "these are the states",
-            'answer = [record["result"] for record in watch("count_to", 3)]': "results of other states",
-            'answer = [record["result"] for record in watch("count_to", 2) if record["status"] == "PROGRESS"]': (
-                "it counted to 2"
+            'answer = [{"done": n, "total": 4} for n in (1, 2, 3, 4)]': "no worker was asked",
+            'answer = []\nclient.send_task("count_to", args=(4,)).get(timeout=10, on_message=answer.append)': (
+                "whole records"
             ),
+            "answer = []\n"
+            'keep = lambda record: answer.append(record["status"])\n'
+            'client.send_task("count_to", args=(4,)).get(timeout=10, on_message=keep)': "these are the states",
+            "answer = []\n"
+            'keep = lambda record: answer.append(record["result"])\n'
+            'client.send_task("count_to", args=(4,)).get(timeout=10, on_message=keep)': "come from other states",
+            "answer = []\n"
+            'keep = lambda record: answer.append(record["result"]) if record["status"] == "PROGRESS" else None\n'
+            'client.send_task("count_to", args=(2,)).get(timeout=10, on_message=keep)': "it counted to 2",
+            'answer = []\nclient.send_task("count_to", args=(4,)).get(timeout=10)': "this list is empty",
         },
+        right=(
+            "records = []\n"
+            'client.send_task("count_to", kwargs={"total": 4}).get(timeout=10, on_message=records.append)\n'
+            'answer = tuple(record["result"] for record in records if record["status"] == "PROGRESS")',
+            "import functools\n"
+            "answer = []\n"
+            "def keep(into, record):\n"
+            "    if record['status'] not in celery.states.ALL_STATES:\n"
+            "        into.append(record['result'])\n"
+            "keep_here = functools.partial(keep, answer)\n"
+            "client.send_task('count_to', (4,)).get(timeout=10, on_message=keep_here)",
+        ),
     ),
 }
 
@@ -177,6 +230,14 @@ QUIZ = {
             "a": "a timeout happens only in your own program. It doesn't touch the broker.",
             "b": "a worker can't see whether anybody waits for a result, so it runs the task either way.",
             "d": "a timeout changes nothing in an `AsyncResult`. It still knows the task's id.",
+        },
+    ),
+    "02b-5": Question(
+        right="d",
+        wrong={
+            "a": "a worker that is frozen or busy can be silent as well.",
+            "b": "workers with nothing to do would answer. And their answer would not be `None`.",
+            "c": "then `inspect` would raise an error, because it could not send its question.",
         },
     ),
 }

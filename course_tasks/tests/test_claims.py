@@ -4,6 +4,7 @@ Each test quotes the sentence, sees that it still stands in its chapter, and tri
 takes `project`: an empty folder with servers of its own (see exercises/project.py).
 """
 
+import base64
 import inspect
 import json
 import re
@@ -16,21 +17,32 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import celery.backends
 import pytest
 from amqp.basic_message import Message
-from celery import Celery, chord
+from celery import Celery, chord, states
 from celery.app.task import extract_exec_options
-from celery.exceptions import TaskRevokedError
+from celery.backends.base import Backend
+from celery.beat import Scheduler
+from celery.events.state import State
+from celery.exceptions import NotRegistered, TaskRevokedError
+from celery.exceptions import TimeoutError as ResultTimeout
 from celery.result import AsyncResult
+from celery.schedules import crontab
+from celery.utils.time import get_exponential_backoff_interval
 from kombu import Queue
 from kombu.exceptions import OperationalError
 from kombu.transport import pyamqp, virtual
 from kombu.transport.base import to_rabbitmq_queue_arguments
 from kombu.transport.redis import Channel
+from kombu.utils.functional import fxrange
 from redis import Redis
 from redis.connection import Connection
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import OutOfMemoryError
 
 from course_tasks import copies
+from course_tasks.celery import app
 from course_tasks.celery import app as course_app
 from course_tasks.classroom import free_port
 from course_tasks.exercises import WrongAnswer
@@ -52,6 +64,31 @@ def stands(chapter: str, *sentences: str) -> None:
     text = " ".join("\n".join(cell.source for cell in cells(copies.chapters()[chapter], "markdown")).split())
     for sentence in sentences:
         assert " ".join(sentence.split()) in text, f"chapter {chapter} no longer says: {sentence}"
+
+
+NOTES = """
+import time
+from celery import Celery
+app = Celery("notes")
+@app.task(name="note")
+def note(text, seconds=0):
+    print(f"noted: {text}")
+    time.sleep(seconds)
+    return text
+"""
+NOTES_WORKER = "celery {option} -A notes worker --without-mingle --without-gossip {more}"
+AWAY = "--result-backend redis://localhost:1/0"  # a port on which nothing listens
+
+
+def notes(project: Project, *settings: str, option: str = "", more: str = "--pool=solo") -> None:
+    """Start a worker with one task, which leaves a line in the log."""
+    (project.folder / "notes.py").write_text(NOTES + "".join(f"app.conf.{setting}\n" for setting in settings))
+    project.worker(NOTES_WORKER.format(option=option, more=more))
+
+
+def logged(project: Project, text: str) -> None:
+    """Wait for a text in the log of the project's workers."""
+    until(lambda: text in project.log(), f"{text!r} in the log:\n{project.log()}", seconds=20)
 
 
 # --- 00 ------------------------------------------------------------------------------------------------------
@@ -268,7 +305,274 @@ def test_with_redis_a_message_that_is_put_back_goes_to_the_front(project):
 # --- 02 ------------------------------------------------------------------------------------------------------
 
 
+def test_results_travel_as_json_by_default():
+    stands("02", "By default, results travel as JSON, and JSON has no tuples.")
+    assert Celery(set_as_current=False).conf.result_serializer == "json"
+
+
+def test_a_folder_keeps_results_until_the_task_runs_that_beat_sends(project, tmp_path):
+    stands(
+        "02",
+        "A folder of files doesn't, and a database doesn't either. There, a result stays until a worker runs Celery's "
+        "own task `celery.backend_cleanup`.",
+        "The program that sends this task, by default once a day at 4 in the morning, is Celery's scheduler",
+    )
+    app = Celery(set_as_current=False, result_expires=0.01)
+    app.backend_cls = f"file://{tmp_path}"
+    app.backend.store_result("an-id", 42, "SUCCESS")
+    stored = tmp_path / "celery-task-meta-an-id"
+    until(lambda: time.time() - stored.stat().st_mtime > 0.02, "the result to expire")
+    assert app.backend.get_state("an-id") == "SUCCESS"
+    app.tasks["celery.backend_cleanup"]()
+    assert not stored.exists()
+    scheduler, with_redis = Scheduler(app, lazy=True), Scheduler(project.client(), lazy=True)
+    for each in (scheduler, with_redis):
+        each.install_default_entries(each.schedule)
+    assert scheduler.schedule["celery.backend_cleanup"].schedule == crontab("0", "4", "*")
+    assert "celery.backend_cleanup" not in with_redis.schedule
+    database = Path(celery.backends.__file__).with_name("database") / "__init__.py"  # its library is not installed
+    assert "supports_autoexpire" not in database.read_text() and not Backend.supports_autoexpire
+
+
+def test_volatile_ttl_drops_results_and_no_queue_and_noeviction_refuses_both(project):
+    stands(
+        "02",
+        "The policy **`volatile-ttl`** deletes only keys that have a time to live, and begins with those that have the "
+        "least time left. Results have a time to live, and queues don't.",
+        "**b)** The results fill the memory, and then new tasks are refused.",
+    )
+    client, server = project.client(), project.broker
+    client.send_task("note")
+    assert server.ttl("celery") == -1
+
+    def fill(policy: str) -> None:
+        server.config_set("maxmemory-policy", policy)
+        server.config_set("maxmemory", "10mb")
+        for number in range(40):
+            server.set(f"celery-task-meta-{number}", "x" * 1_000_000, ex=1000 + number)
+
+    fill("volatile-ttl")
+    assert (server.exists("celery-task-meta-0"), server.exists("celery-task-meta-39")) == (0, 1)
+    client.send_task("note")
+    with pytest.raises(OutOfMemoryError):
+        fill("noeviction")
+    server.config_set("maxmemory", server.info("memory")["used_memory"] - 1)  # and not one byte more
+    with pytest.raises(OperationalError, match="maxmemory"):
+        client.send_task("note")
+    assert server.llen("celery") == 2
+
+
 # --- 02b -----------------------------------------------------------------------------------------------------
+
+
+def test_flaky_is_tried_again_after_a_second_and_add_long_takes_its_time(project):
+    stands(
+        "02b",
+        "`add_long` takes one second.",
+        "`flaky` fails once, and is tried again one second later.",
+        "| RETRY | an attempt has failed, and another one will follow | the exception of that attempt | no |",
+    )
+    project.worker("celery -A course_tasks worker --pool=threads -c 2 --without-mingle --without-gossip")
+    records, at = [], []
+
+    def note(record):
+        records.append(record)
+        at.append(time.monotonic())
+
+    project.client().send_task("flaky", args=(1,)).get(timeout=20, on_message=note)
+    project.client().send_task("add_long", args=(4, 5, 1)).get(timeout=20, on_message=note)
+    flaky, add_long = ["STARTED", "RETRY", "STARTED", "SUCCESS"], ["STARTED", "SUCCESS"]
+    assert [record["status"] for record in records] == [*flaky, *add_long]
+    assert str(records[1]["result"]) == "the service is not up yet"
+    assert at[2] - at[1] > 0.9 and at[5] - at[4] > 0.9
+
+
+def test_a_task_that_no_worker_knows_fails_without_being_started(project):
+    stands("02b", "└──> FAILURE (no worker knows the task's name)")
+    notes(project, "task_track_started = True")
+    seen = []
+    asked = project.client().send_task("unknown", countdown=0.5)
+    with pytest.raises(NotRegistered):
+        asked.get(timeout=20, on_message=lambda record: seen.append(record["status"]))
+    assert (seen, asked.state) == (["FAILURE"], "FAILURE")
+
+
+def test_a_task_that_comes_too_late_is_revoked_and_events_have_states_of_their_own(project):
+    stands(
+        "02b",
+        "| REVOKED | the task was cancelled, or came too late (`expires`, see 04b) | a `TaskRevokedError` | yes |",
+        "in `celery.states` you also find `RECEIVED` and `REJECTED`. They belong to Celery's monitoring events",
+    )
+    notes(project)
+    late = project.client().send_task("note", args=("late",), expires=-1)
+    assert isinstance(late.get(timeout=20, propagate=False), TaskRevokedError)
+    assert (late.state, "noted" in project.log()) == ("REVOKED", False)
+    assert {"RECEIVED", "REJECTED"} <= vars(states).keys()
+    state = State()
+    for kind in ("received", "rejected"):
+        when = {"timestamp": 1, "local_received": 1, "clock": 1}
+        state.event({"type": f"task-{kind}", "uuid": kind, "hostname": "w"} | when)
+        assert state.tasks[kind].state == kind.upper()
+
+
+def test_a_task_that_runs_longer_than_its_results_live_is_pending_until_it_ends(project):
+    stands(
+        "02b",
+        "A task that runs for longer than `result_expires` becomes `PENDING` again while it is running. When it ends, "
+        "its result is stored as usual.",
+    )
+    notes(project, "task_track_started = True", "result_expires = 1")
+    asked = project.client().send_task("note", args=("long", 2))
+    until(lambda: asked.state == "STARTED", "its start", seconds=20)
+    until(lambda: asked.state == "PENDING", "its record to expire")
+    assert "succeeded" not in project.log()
+    assert asked.get(timeout=20) == "long"
+
+
+def test_by_default_started_is_not_stored_which_saves_a_write(project):
+    stands("02b", "By default both are off, which saves a write to the backend for each task.")
+    notes(project)
+    client, written = project.client(), []
+    client.send_task("note", args=("first",)).get(timeout=20)
+    for _ in range(2):
+        client.send_task("note", args=("more",)).get(timeout=20)
+        commands = project.backend.info("commandstats")
+        written.append(sum(commands[name]["calls"] for name in ("cmdstat_set", "cmdstat_setex") if name in commands))
+    assert written[1] - written[0] == 1
+    assert add.track_started and not Celery(set_as_current=False).conf.task_track_started
+
+
+def test_an_exception_that_passes_all_its_arguments_on_comes_back(project):
+    stands("02b", "The cure is an `__init__` that passes all its arguments on: `super().__init__(city, street)`.")
+    (project.folder / "notes.py").write_text(
+        "from celery import Celery\n"
+        "app = Celery('notes')\n"
+        "class NoRoute(Exception):\n"
+        "    def __init__(self, city, street):\n"
+        "        super().__init__(city, street)\n"
+        "@app.task(name='deliver')\n"
+        "def deliver(city, street):\n"
+        "    raise NoRoute(city, street)\n"
+    )
+    project.worker(NOTES_WORKER.format(option="", more="--pool=solo"))
+    said = project.run(
+        'python -c "import notes\n'
+        "try: notes.deliver.delay('Bern', 'Main Street').get(timeout=20)\n"
+        'except notes.NoRoute as error: print(error.args)"'
+    )
+    assert said == "('Bern', 'Main Street')\n"
+
+
+def test_inspect_names_tasks_that_are_pending(project):
+    stands(
+        "02b",
+        "| a worker names it in `inspect().active()` | it is running, and its worker doesn't store `STARTED` |",
+        "| a worker names it in `inspect().scheduled()` | it waits for its `countdown` |",
+        "We wait for five seconds at most, and not after the second answer (`limit=2`).",
+    )
+    notes(project, more="--pool=threads -c 1")
+    client = project.client()
+    running = client.send_task("note", args=("running", 3))
+    waiting = client.send_task("note", args=("waiting",), countdown=3)
+    logged(project, "noted: running")
+
+    def named(question: str) -> list[str]:
+        [tasks] = getattr(client.control.inspect(timeout=10, limit=1), question)().values()
+        return [task.get("request", task)["id"] for task in tasks]
+
+    until(lambda: named("scheduled") == [waiting.id], "the task in scheduled()")
+    begin = time.monotonic()
+    assert client.control.inspect(timeout=60, limit=1).ping() and time.monotonic() - begin < 30
+    assert named("active") == [running.id]
+    assert running.state == waiting.state == "PENDING"
+
+
+# --- 02c -----------------------------------------------------------------------------------------------------
+
+
+def test_the_retry_policies_of_clients_and_of_patient_workers():
+    stands(
+        "02c",
+        "The first retry comes at once, and each further one a second later, so our two retries took a second. "
+        "Celery's default is 20 retries, which take 19 seconds, and the course's app has 5.",
+        "The pauses grow from milliseconds to ten seconds, unless you set",
+    )
+    plain = Celery(set_as_current=False)
+    plain.backend_cls = "redis://localhost:1/0"
+    policy = plain.backend.retry_policy
+    assert policy == {"max_retries": 20, "interval_start": 0, "interval_step": 1, "interval_max": 1}
+    assert sum(fxrange(0, 1, 1, repeatlast=False)) == 1
+    assert app.backend.retry_policy == policy | {"max_retries": 5}
+    assert plain.conf.result_backend_base_sleep_between_retries_ms == 10
+    assert plain.conf.result_backend_max_sleep_between_retries_ms == 10_000
+    assert plain.conf.result_backend_max_retries == float("inf")
+    pauses = [get_exponential_backoff_interval(10, retries, 10_000) for retries in range(20)]
+    assert pauses == sorted(pauses) and pauses[-1] == 10_000
+    assert not plain.conf.result_backend_always_retry and not plain.conf.task_track_started
+
+
+@pytest.mark.parametrize("tracked", [False, True])
+def test_without_started_a_task_runs_while_the_backend_is_away(project, tracked):
+    stands(
+        "02c",
+        "With Celery's default, a worker doesn't store `STARTED`. Then this task would run, and only its result would "
+        "be lost.",
+    )
+    notes(project, f"task_track_started = {tracked}", option=AWAY)
+    project.client().send_task("note", args=("while it is away",))
+    logged(project, "Exception raised outside body")
+    assert ("noted: while it is away" in project.log()) is not tracked
+    assert (project.broker.llen("celery"), project.broker.hlen("unacked")) == (0, 0)
+
+
+def test_a_worker_that_waits_for_its_backend_has_acknowledged_and_keeps_its_place(project):
+    stands(
+        "02c",
+        "The price is that meanwhile the task keeps its place in the worker, so the tasks behind it wait as well. And "
+        "if such a worker is killed while it waits, the result is lost after all.",
+    )
+    notes(project, "result_backend_always_retry = True", option=AWAY, more="--pool=threads -c 1")
+    for text in ("first", "second"):
+        project.client().send_task("note", args=(text,))
+    logged(project, "Failed operation _store_result")
+    until(lambda: project.log().count("received") == 2, "both")
+    assert "noted: first" in project.log() and "noted: second" not in project.log()
+    [copy] = project.broker.hvals("unacked")  # of the second, which the broker would deliver again
+    assert b"second" in base64.b64decode(json.loads(copy)[0]["body"])
+
+
+def test_a_chord_never_ends_if_the_backend_is_away_for_one_of_its_tasks(project):
+    stands("02c", "If the backend is away when one of them ends, the last task never starts.")
+    notes(project, more="--pool=solo -Q up,celery -n up@%h")
+    project.worker(NOTES_WORKER.format(option=AWAY, more="--pool=solo -Q down -n down@%h"))
+    client = project.client()
+    parts = [client.signature("note", args=(queue,), queue=queue) for queue in ("up", "down")]
+    last = chord(parts, app=client)(client.signature("note", args=("last",), immutable=True))
+    logged(project, "Exception raised outside body")
+    logged(project, "succeeded")
+    assert "noted: up" in project.log() and "noted: down" in project.log()
+    assert client.send_task("note", args=("later",)).get(timeout=20) == "later"
+    assert ("noted: last" in project.log(), last.state) == (False, "PENDING")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the results' __del__
+def test_a_client_that_was_connected_hears_at_once_that_the_backend_is_gone(project):
+    stands(
+        "02c",
+        "(A client that was connected before may send one more task until it notices, and its `get` ends with a "
+        "`ConnectionError` at once.)",
+    )
+    client = project.client()
+    client.conf.result_backend_transport_options = {"retry_policy": {"max_retries": 0}}
+    asked = client.send_task("note")
+    with pytest.raises(ResultTimeout):
+        asked.get(timeout=0.01)
+    project.backend.shutdown(nosave=True)
+    with pytest.raises(RuntimeError, match="Retry limit exceeded"):
+        for _ in range(2):
+            client.send_task("note")
+    with pytest.raises(RedisConnectionError):  # and no RuntimeError, which comes after the retries
+        asked.get(timeout=1)
 
 
 # --- 03 ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from redis import Redis
-from redis.exceptions import ConnectionError
+from redis.exceptions import ConnectionError, OutOfMemoryError
 
 from course_tasks import servers
 from course_tasks.install import ROOT
@@ -191,18 +191,36 @@ def image(service: dict, folder: Path) -> dict:
     return {"cwd": app, "env": service["environment"] | {"PYTHONPATH": str(packages)}}
 
 
-def test_a_full_server_refuses_and_a_foreign_error_is_not_health(services):
+def fill(redis: Redis) -> None:
+    """Write results of a megabyte, each of which lives longer than the one before, to a server of 20 MB."""
+    redis.config_set("maxmemory", "20mb")
+    for number in range(40):
+        redis.set(f"celery-task-meta-{number}", "x" * 1_000_000, ex=1000 + number)
+
+
+def test_a_full_broker_refuses_and_a_full_backend_drops_what_expires_first(services):
+    for role, policy in (("broker", "noeviction"), ("backend", "volatile-ttl")):
+        with server(services[SERVICES[role]]) as redis:
+            assert redis.config_get("maxmemory-policy") == {"maxmemory-policy": policy}
+            assert redis.config_get("maxmemory") != {"maxmemory": "0"}
+            redis.lpush("celery", "a message")
+            with pytest.raises(OutOfMemoryError) if role == "broker" else contextlib.nullcontext():
+                fill(redis)
+            assert redis.llen("celery") == 1
+            there = [redis.exists(f"celery-task-meta-{number}") for number in (0, 39)]
+            assert there == ([1, 0] if role == "broker" else [0, 1])
+
+
+def test_a_foreign_error_is_not_health(services):
+    if not shutil.which("redis-cli"):
+        pytest.skip("the health checks need redis-cli")
     for role in servers.ROLES:
         service = services[SERVICES[role]]
         with server(service) as redis:
-            assert redis.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
-            assert redis.config_get("maxmemory") != {"maxmemory": "0"}
-            if shutil.which("redis-cli"):
-                assert healthy(service)
-                redis.config_set("requirepass", "secret")
-                assert not healthy(service)
-        if shutil.which("redis-cli"):
+            assert healthy(service)
+            redis.config_set("requirepass", "secret")
             assert not healthy(service)
+        assert not healthy(service)
 
 
 def test_a_queued_task_outlives_the_broker_and_a_result_goes_with_the_backend(services, tmp_path):
