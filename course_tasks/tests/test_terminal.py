@@ -1,20 +1,23 @@
 """The terminal cell in real kernels: what it shows, how it fails, and that it leaves nothing behind."""
 
 import contextlib
+import os
 import queue
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import time
 import uuid
+from pathlib import Path
 
 import psutil
 import pytest
 
 from course_tasks import servers
 from course_tasks.authoring import kernels
-from course_tasks.classroom.terminal import Terminal
+from course_tasks.classroom.terminal import Terminal, prepared
 from course_tasks.tests.plugin import processes, until
 
 # Python for `python -c "..."`: each says that it is ready and stays; DEAF does so after SIGTERM, too
@@ -374,6 +377,95 @@ def test_a_command_that_ends_leaves_none_of_its_children(kernel, mark):
     [pane] = kernel.run(f"%%terminal one --ready never\n{background}sleep 0.5")
     assert pane["data"]["text/plain"].startswith("one: finished")
     assert gone(mark)
+
+
+# What people write in a shell, each with whether it ends in a program. That gets the shell's place, so that SIGTERM
+# reaches it alone.
+SCRIPTS = [
+    ("echo one; echo two", False),
+    ("python -c 'print(5)'", True),
+    ("echo hello", False),
+    ("true\npython -c 'exit(3)'", True),
+    ("for n in 1 2 3; do\n  echo $n\ndone", False),
+    ("for n in 1 2 3; do echo $n; done", False),
+    ("if true; then\n  python -c 'print(1)'\nelse\n  echo no\nfi", False),
+    ("case x in\nx) echo yes;;\nesac", False),
+    ('while read line; do echo "<$line>"; done <<END\na\nb\nEND', False),
+    ("cat <<END\n# no comment\nexit 5\n\nEND", False),
+    ("cat > f.py <<'END'\nprint(\"$HOME \\\\\")\nEND\npython f.py", True),
+    ("cat <<END\nexit 5", False),
+    ('greet() { echo "hello $1"; }\ngreet you', False),
+    ("greet() {\n  python -c 'print(2)'\n}\ngreet", False),
+    ("python() { echo mine; }\npython -c 'print(1)'", False),
+    ("! false", False),
+    ("! true", False),
+    ("cd /\npwd", False),
+    ("cd /no-such-folder", False),
+    ("export A=5", False),
+    ("A=5\nexport A\npython -c 'import os; print(os.environ[\"A\"])'", True),
+    ("B='x  y'\nA=$B C=~/x python -c 'import os; print(os.environ[\"A\"], os.environ[\"C\"])'", True),
+    ("A=5", False),
+    ("python -c 'print(1)' &\nwait", False),
+    ("python -c 'print(1)' | cat", False),
+    ("(exit 4)", False),
+    ("{ echo a; echo b; }", False),
+    ("false\necho never", False),
+    ("false || echo saved", False),
+    ("test -d / && echo there", False),
+    ("set -u\necho $no_such_variable", False),
+    ("trap 'echo bye' EXIT\npython -c 'print(1)'", False),
+    ("set -x\npython -c 'print(1)'", False),
+    ("alias say='echo said'\nsay it", False),
+    ("exec python -c 'print(1)'", True),
+    ("python -c 'print(\"two\nlines\")'", False),
+    ("python \\\n  -c \\\n  'print(1)'", True),
+    ("echo one\\\ntwo", False),
+    ("python -c 'print(1)' # (a comment; with | this)", True),
+    ("python -c 'print(1)'\n# a comment below\n", True),
+    ("python -c 'import sys; print(sys.argv[1:])' '(' \"|;&\" \\; a\\ b \"$(echo c)\" $(echo d e)", True),
+    ("python -c 'print(1)' > out\ncat out", True),
+    ("2>&1 > /dev/null python -c 'import sys; print(1, file=sys.stderr)'", True),
+    ("P=python\n$P -c 'print(1)'", False),
+    ("umask 077; umask", False),
+    ("printf '%s\\n' a b", False),
+    ("no-such-command --option", False),
+    ("A=5 no-such-command", False),
+    ("python -c 'exit(", False),
+    ("if true; then echo", False),
+    ("echo )", False),
+    ("exit 7", False),
+    ("kill -9 $$", False),
+]
+
+
+@pytest.mark.parametrize("script, alone", SCRIPTS)
+def test_a_script_does_what_it_does_in_a_shell(script, alone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    shell = subprocess.run(
+        ["/bin/sh", "-e", "-c", script],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    terminal = Terminal("one", script, re.compile("never"))
+    assert terminal.wait(lambda: not terminal.running, 60)
+    code = terminal.process.returncode
+    assert (terminal.lines(), code) == (
+        shell.stdout.splitlines(),
+        shell.returncode % 256 if shell.returncode >= 0 else 128 - shell.returncode,
+    )
+    assert prepared(script)[1] is not alone
+
+
+def test_a_pipelines_programs_are_stopped_warmly_too(kernel, mark, tmp_path):
+    """The shell itself ends at once by SIGTERM; what it has started needs its time."""
+    done = tmp_path / "done"
+    slow = f"signal.signal(15, lambda *_: (time.sleep(1), open('{done}', 'x'), exit())); {WAITING}"
+    kernel.run(cell(mark, script=f"import signal; {slow}") + " | cat")
+    assert kernel.text("%stop one") == "one: stopped\n"
+    assert done.exists()
 
 
 def test_colours_are_not_forced_on_a_program_in_a_pipe(kernel):
