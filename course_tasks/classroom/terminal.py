@@ -101,12 +101,13 @@ class Terminal:
                 if number:
                     new.append(_shortened(line, more))
                     line, more = "", 0
-                if (line + part).rstrip("\r").count("\r"):  # a progress bar begins its line anew
-                    line, more = (line + part).rstrip("\r").rpartition("\r")[2] + "\r" * part.endswith("\r"), 0
-                else:
-                    line += part
-                more += max(0, len(line) - LONGEST)
-                line = line[:LONGEST]
+                # a progress bar returns to the beginning of its line; at a line's end, a return doesn't count
+                written = (line + part).rstrip("\r")
+                returned = (line + part)[len(written) :][:1]
+                if "\r" in written:
+                    written, more = written.rpartition("\r")[2], 0
+                more += max(0, len(written) - LONGEST)
+                line = written[:LONGEST] + returned
             self._add(new, _shortened(line, more))
         self._add([_shortened(line, more)] * bool(line), "")
         self.process.wait()
@@ -200,7 +201,7 @@ class Terminal:
 
 def _shortened(line: str, more: int) -> str:
     """A line of the log, which says how many characters of it are not kept."""
-    return f"{line} … ({more:,} more characters)" if more else line.rstrip("\r")
+    return line.rstrip("\r") + f" … ({more:,} more characters)" * bool(more)
 
 
 def _last_of(lines: list[str], number: int, size: int = SHOWN_SIZE) -> list[str]:
@@ -280,6 +281,14 @@ def _uninterrupted():
 def _unquoted(text: str) -> str:
     """A magic's option without the quotes around it, which IPython leaves there."""
     return text[1:-1] if re.fullmatch(r"(?s)(['\"]).*\1", text) else text
+
+
+def _print(name: str, lines: list[str], nothing: str, count: int | None = None) -> None:
+    """Print lines of a log, or what there is to say without any. Of too many for a notebook, print the last ones."""
+    shown = _last_of(lines, PRINTED, PRINTED_SIZE)
+    if left := (len(lines) if count is None else count) - len(shown):
+        print(f"({left:,} lines before these are left out. %tail {name} --save FILE writes the log to a file.)")
+    print("\n".join(shown) or nothing)
 
 
 def _last(terminal: Terminal, lines: int = 12) -> str:
@@ -384,23 +393,42 @@ class TerminalMagics(Magics):
     @argument("--until", metavar="TEXT", help="wait for a text, and print the new lines up to it")
     @argument("--times", type=int, default=1, help="in how many lines that text has to appear (default: 1)")
     @argument("--timeout", type=float, help="seconds to wait (default: 15 for a task, 20 for a text)")
+    @argument("--save", metavar="FILE", help="write the whole log to a file instead")
     @line_magic
     def tail(self, line: str) -> None:
-        """Print what the log has gained since the last look."""
+        """Print what the log has gained since the last look, or its last 1,000 lines if that is more.
+
+        The log itself keeps up to 20,000 lines, and 2,000 characters of each; `--save` writes it to a file.
+        """
         options = parse_argstring(self.tail, line)
         [terminal] = self._named([options.name])
-        if options.task and options.until:
-            raise ClassroomError("%tail waits for a task's end (--task) or for a text (--until), not for both.")
+        if sum(map(bool, (options.task, options.until, options.save))) > 1:
+            raise ClassroomError("%tail takes one of --task, --until and --save, not several.")
+        if options.save:
+            self._save(terminal, Path(_unquoted(options.save)))
+            return
         if options.task:
             self._tail_task(terminal, options.task, 15 if options.timeout is None else options.timeout)
             return
+        start = terminal.seen
         if options.until:
             seconds = 20 if options.timeout is None else options.timeout
             new = self.follow(options.name, _unquoted(options.until), options.times, seconds)
         else:
-            start, terminal.seen = terminal.seen, terminal.count
+            terminal.seen = terminal.count
             new = [plain(line) for line in terminal.lines(start, terminal.seen)]
-        print("\n".join(new) or "(nothing new)")
+        _print(terminal.name, new, "(nothing new)", terminal.seen - start)
+
+    def _save(self, terminal: Terminal, path: Path) -> None:
+        lines = terminal.lines()
+        number = (
+            f"all {len(lines):,}" if len(lines) == terminal.count else f"the last {len(lines):,} of {terminal.count:,}"
+        )
+        try:
+            path.write_text("".join(f"{plain(line)}\n" for line in lines), encoding="utf-8")
+        except OSError as error:
+            raise ClassroomError(f"Can't write to {path}: {error.strerror}.") from None
+        print(f"Saved {number} lines: {path}")
 
     def _tail_task(self, terminal: Terminal, task: str, timeout: float) -> None:
         # a log format may shorten ids to their first eight characters, as the course's own does
@@ -410,8 +438,7 @@ class TerminalMagics(Magics):
             return any(name in line for name in names)
 
         ended, _ = terminal.find(lambda line: about(line) and re.search(DONE, line), 0, 1, timeout)
-        lines = filter(about, map(plain, terminal.lines()))
-        print("\n".join(lines) or "(nothing about this task)")
+        _print(terminal.name, list(filter(about, map(plain, terminal.lines()))), "(nothing about this task)")
         if not ended:
             when = f"within {timeout:g} s" if terminal.running else f"before it ended ({terminal.state})"
             raise ClassroomError(f"{terminal.name} has not said {when} that this task is over.")
