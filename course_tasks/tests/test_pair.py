@@ -280,8 +280,8 @@ def test_the_first_cell_finds_the_folder_of_a_notebook_or_says_what_to_do(pair, 
         assert kernel.text(FIRST_CELL).startswith("broker: ")
         assert kernel.text(where) == f"{kernels.NOTEBOOKS}\n"
     with notebook(loaded=False, cwd=tmp_path) as kernel:
-        hint = f"A chapter writes files to the folder scratch, and {tmp_path} has none. Run it in the course's notebooks."
-        assert kernel.text(FIRST_CELL).startswith(f"{hint}\n")
+        hint = f"A chapter writes files to the folder scratch, and {tmp_path} has none. "
+        assert kernel.text(FIRST_CELL).startswith(f"{hint}Run it in the course's notebooks.\n")
     with notebook("my_own", loaded=False, cwd=tmp_path) as kernel:
         assert kernel.text(FIRST_CELL).startswith("broker: ")
         assert not list(tmp_path.iterdir()), "a notebook of the learner's own needs no folder"
