@@ -30,7 +30,7 @@ def coloured(lines: Iterable[str]) -> str:
         at = 0
         for found in itertools.chain(ESCAPE.finditer(line), [None]):
             text = html.escape(line[at : found.start() if found else None])
-            style = f"color:{colour};" * bool(colour) + "font-weight:bold;" * bold
+            style = "font-weight:bold;" * bold + f"color:{colour};" * bool(colour)
             drawn.append(f'<span style="{style}">{text}</span>' if text and style else text)
             if found:
                 at = found.end()

@@ -36,6 +36,8 @@ KEPT_SIZE, SHOWN_SIZE, PRINTED_SIZE = 10_000_000, 60_000, 100_000  # the same in
 LONGEST = 2000  # characters that are kept of a line
 INTERVAL = 0.15  # seconds between two updates of a pane: smooth to the eye, light for the browser
 RATE = 500_000  # characters a second that a pane's updates may have: a larger pane is updated less often
+# In a container, where people are root, a worker would begin each pane with eight lines about that.
+NOT_ROOT = "ignore:You're running the worker with superuser privileges"
 FORCED = ("FORCE_COLOR", "CLICOLOR_FORCE")
 # A word of a shell's command; a redirection, which may stand anywhere in it; and what stands before its name.
 WORD = r"""(?:[^\s"'\\;&|()<>`#]|(?<=\S)\#|"(?:[^"\\]|\\.)*"|'[^']*'|\\.|\$\([^()]*\)|`[^`]*`)+"""
@@ -68,6 +70,7 @@ class Terminal:
         # ipykernel asks programs for colours even in a pipe; in a terminal they see for themselves
         environment = {name: value for name, value in os.environ.items() if name not in FORCED}
         environment["TERM"] = "xterm-256color"
+        environment["PYTHONWARNINGS"] = ",".join(filter(None, [environment.get("PYTHONWARNINGS"), NOT_ROOT]))
         environment["COURSE_TERMINAL"] = name  # these two tell other kernels of this clone whose it is
         environment["COURSE_TERMINAL_HOME"] = str(runtime_directory())
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
@@ -258,7 +261,8 @@ def _pane(name: str, title: str, command: str, log: list[str]) -> str:
     body = coloured([*(f"\x1b[1;2m$ {part}\x1b[0m" for part in command.splitlines()), *log])
     style = "line-height:1.35;flex:none;white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere"
     # column-reverse: a box that starts scrolled to its end, so it follows the log with no script
-    box = "max-height:38em;overflow:auto;display:flex;flex-direction:column-reverse"
+    # the second max-height is for a small window; JupyterLab removes it until the notebook is trusted
+    box = "max-height:38em;max-height:min(38em,60vh);overflow:auto;display:flex;flex-direction:column-reverse"
     return pane(html.escape(title), body, f"log of {name}", style=style, box=box)
 
 

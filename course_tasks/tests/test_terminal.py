@@ -6,6 +6,7 @@ import os
 import queue
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import pytest
 from course_tasks import servers
 from course_tasks.authoring import kernels
 from course_tasks.classroom.ansi import COLOURS, coloured, plain
-from course_tasks.classroom.terminal import Terminal, prepared
+from course_tasks.classroom.terminal import SUPERVISOR, Terminal, prepared
 from course_tasks.tests.plugin import processes, until
 
 # Python for `python -c "..."`: each says that it is ready and stays; DEAF does so after SIGTERM, too
@@ -619,6 +620,33 @@ def test_colours_and_other_sequences(line, parts):
         assert (
             drawn == "".join(f'<span style="{style}">{text}</span>' if style else text for text, style in wanted) + "\n"
         )
+
+
+@pytest.mark.skipif(not shutil.which("zsh"), reason="needs zsh")
+@pytest.mark.parametrize("moved", [False, True])
+def test_labs_zsh_reads_all_of_the_users_settings(tmp_path, moved):
+    """Those may be in another folder, which `.zshenv` names."""
+    home, other = tmp_path / "home", tmp_path / "other"
+    for folder in (home, other):
+        folder.mkdir()
+        (folder / ".zshrc").write_text(f"RC={folder.name}; PATH=/usr/bin:/bin\n")
+    (home / ".zshenv").write_text(f"ENV=read; {f'ZDOTDIR={other}' if moved else ''}\n")
+    ours = Path(SUPERVISOR).parents[1] / "jupyter" / "zsh"
+    done = subprocess.check_output(
+        ["zsh", "-i", "-c", "echo $ENV $RC $ZDOTDIR ${USER_ZDOTDIR-unset} $VIRTUAL_ENV"],
+        env={"HOME": str(home), "ZDOTDIR": str(ours), "USER_ZDOTDIR": str(home), "PATH": os.environ["PATH"]},
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    place = other if moved else home
+    assert done.splitlines()[-1] == f"read {place.name} {place} unset {Path(sys.prefix)}"
+
+
+def test_that_root_runs_a_worker_is_not_said_each_time(monkeypatch):
+    monkeypatch.setenv("PYTHONWARNINGS", "default")
+    root = "You're running the worker with superuser privileges: this is\nabsolutely not recommended!"
+    [line] = ended(f"import warnings; warnings.warn({root!r}); warnings.warn('other')").lines()
+    assert line.endswith("UserWarning: other")
 
 
 def test_colours_are_not_forced_on_a_program_in_a_pipe(kernel):
