@@ -33,7 +33,7 @@ def _row(chapter: str, path: Path, state: dict) -> tuple[str, ...]:
         right = sum(state[kind].get(name) == "right" for name in names)
         counts.append(f"{right} of {len(names)}" if names else "-")
         complete = complete and right == len(names)
-    marks = ["✔ complete"] * complete + ["▶ you are here"] * (chapter == state["last"])
+    marks = ["✅ complete"] * complete + ["▶ you are here"] * (chapter == state["last"])
     return _title(path), *counts, ", ".join(marks)
 
 

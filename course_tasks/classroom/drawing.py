@@ -22,6 +22,7 @@ text{font:12px system-ui,sans-serif;fill:#1f2430}.name{font-weight:700;font-size
 # A pane is dark in both themes. Its colours have a contrast of at least 5:1 on its background.
 BACKGROUND, FOREGROUND = "#1b1d23", "#e4e6eb"
 PANE = f"background-color:{BACKGROUND};color:{FOREGROUND};"
+DARK = "color-scheme:dark;"  # for the scrollbar
 FONT = "font-size:var(--jp-code-font-size);"
 
 
@@ -72,10 +73,11 @@ def pane(title: str, body: str, about: str, role: str = "log", style: str = "", 
     named = f'aria-label="{html.escape(about)}"'
     inner = f'style="{PANE}margin:0;padding:4px 10px;{FONT}{style}">{body}</pre>'
     if box:
-        inner = f'<div role="{role}" tabindex="0" {named} style="{box}"><pre {inner}</div>'
+        # an `a`, for a `div` keeps no tabindex in a notebook that is not trusted yet, and could not be scrolled by keys
+        inner = f'<a role="{role}" tabindex="0" {named} style="text-decoration:none;{box}"><pre {inner}</a>'
     else:
         inner = f'<pre role="{role}" {named} {inner}'
     return (
-        f'<div style="{PANE}border-radius:6px;padding-bottom:6px">'
+        f'<div style="{PANE}{DARK}border-radius:6px;padding-bottom:6px">'
         f'<div style="padding:4px 10px;font-weight:bold">{title}</div>{inner}</div>'
     )

@@ -40,8 +40,8 @@ START, ANSWER, END = 60.0, 5.0, 10.0  # seconds for a worker to be ready, a serv
 TIMES = ("broker_transport_options", "redis_socket_timeout", "result_backend_transport_options")
 PIDBOX = "_kombu.binding.celery.pidbox"  # where kombu has the names of the workers' queues for orders
 SHOWN = 4  # runs in the picture and the table
-HERE = "Run this cell: here will be the controls of an experiment, and what it finds."
-GOING = "A run is going on. Wait for its end."
+HERE = "Run this cell: the controls of an experiment will appear here, and later what it finds."
+GOING = "A run is in progress. Wait for its end."
 STYLE = "font-size:var(--jp-code-font-size);color:var(--jp-content-font-color1);"
 CODE = STYLE + "white-space:pre-wrap;margin:0;padding:4px 10px;background:var(--jp-layout-color2)"
 CELL = "padding:2px 10px;text-align:left;border-bottom:1px solid var(--jp-border-color2)"
@@ -132,7 +132,8 @@ def measure(settings: dict, begun: Callable[[str], None], done: Callable[[int], 
     except ClassroomError:
         raise
     except Exception as error:  # of redis, kombu, celery or the system: whatever a server does that goes away
-        raise ClassroomError(f"The run broke off: {' '.join(str(error).split())} Is %servers still right?") from None
+        trouble = " ".join(str(error).split()).rstrip(".")
+        raise ClassroomError(f"The run broke off: {trouble}. Is %servers still right?") from None
 
 
 @contextlib.contextmanager
@@ -261,7 +262,7 @@ class Experiment:
             seconds: how long each waits, or how much of a processor's time it uses up.
 
         Raises:
-            ClassroomError: a run is going on, a setting can't be used, or the servers or the worker are lost.
+            ClassroomError: a run is in progress, a setting can't be used, or the servers or the worker are lost.
         """
         if not self._busy.acquire(blocking=False):
             raise ClassroomError(GOING)
@@ -278,14 +279,15 @@ class Experiment:
         return {name: control.value for name, control in self.controls.items()}
 
     def _chosen(self, _=None) -> None:
-        """Say what is chosen: a screen reader is not told which button of a row is pressed."""
+        """Say what is chosen: a screen reader is not told which button of a row is pressed. Empty the bar."""
         if not self._busy.locked():
+            self.progress.value = 0
             text = "Chosen: {tasks} x {kind} for {seconds:g} s, on {pool} with concurrency {concurrency}."
             self._say(text.format(**self._settings()))
 
     def _clicked(self, _) -> None:
         if self._late():
-            self._say("This click came while a run was going on. Nothing was started.")
+            self._say("This click came while a run was in progress. Nothing was started.")
         elif not self._busy.acquire(blocking=False):
             self._say(GOING)
         else:

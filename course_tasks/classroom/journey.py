@@ -96,7 +96,7 @@ class Journey:
 
     def _trouble(self) -> str:
         number = len(self._sent)
-        return f"A Journey is that of one task, and its block has sent {number or 'none'}. Send one inside `with`."
+        return f"A Journey follows one task, and its block has sent {number or 'none'}. Send one inside `with`."
 
     def _repr_mimebundle_(self, **_) -> dict[str, str]:
         if not self._steps:

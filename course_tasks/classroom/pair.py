@@ -4,14 +4,13 @@ import contextlib
 import os
 import shlex
 import socket
-from pathlib import Path
 
 import psutil
-from IPython import get_ipython
 
 from course_tasks import servers
 from course_tasks.classroom.errors import ClassroomError
 from course_tasks.classroom.terminal import whose
+from course_tasks.jupyter.first_cell import notebook_name
 
 PATIENCE = 1.0  # seconds in which workers have to answer
 
@@ -46,12 +45,6 @@ def show_servers(line: str = "") -> None:
     if not pair.script and (answering := _workers(pair.broker)):
         print("These workers already use this broker, and they may take this notebook's tasks:", *answering, sep="\n  ")
         print("%stop --everywhere stops those that notebooks of this copy of the course have started.")
-
-
-def notebook_name() -> str:
-    """The name of this kernel's notebook, without folder and suffix; "" where neither VS Code nor Jupyter tells it."""
-    told = getattr(get_ipython(), "user_ns", {}).get("__vsc_ipynb_file__") or os.environ.get("JPY_SESSION_NAME", "")
-    return Path(str(told)).stem
 
 
 def _workers(broker: str) -> list[str]:

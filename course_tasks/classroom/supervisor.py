@@ -20,6 +20,7 @@ import termios
 import time
 
 GRACE = 3.0  # seconds between SIGTERM and SIGKILL once the kernel is gone
+POLL = 0.05  # seconds between two looks at a group whose shell has ended
 ROWS, COLUMNS = 40, 132
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
@@ -29,8 +30,9 @@ def main(command: str, group: bool) -> int:
 
     Args:
         command: a shell command line.
-        group: whether SIGTERM goes to the whole process group (a pipeline) or to the command alone. Celery's
-            prefork pool must get it alone: its children would otherwise drop what they are doing.
+        group: whether SIGTERM goes to the whole process group (a pipeline, a loop) or to the command alone. Celery's
+            prefork pool must get it alone: its children would otherwise drop what they are doing. Of a group, a stop
+            waits for all: the shell ends at once, and the programs that it has started may need their time.
 
     Returns:
         The exit code.
@@ -46,17 +48,20 @@ def main(command: str, group: bool) -> int:
     started, starter = os.pipe()  # not inherited: its end tells that the child has become the command
     pid, terminal = pty.fork()
     if pid == 0:
-        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGCHLD, signal.SIGPIPE):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGPIPE):
             signal.signal(number, signal.SIG_DFL)
+        if not group:  # a group gets it when its shell ends, and stays deaf to it
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
         _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         os.execv("/bin/sh", ["/bin/sh", "-e", "-c", command])
     os.close(starter)
     os.read(started, 1)  # before that, signals would find no process group, or be ignored
-    readers, status = [0, terminal, wake], None
+    readers, status, stopping = [0, terminal, wake], None, False
     deadline: float | None = None
-    while status is None:
+    while status is None or (stopping and _exists(pid)):
         timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+        timeout = timeout if status is None else POLL
         ready = select.select(readers, [], [], timeout)[0]
         if terminal in ready and not _copy(terminal):
             readers.remove(terminal)
@@ -68,6 +73,7 @@ def main(command: str, group: bool) -> int:
                 if order == ord("k"):
                     os.killpg(pid, signal.SIGKILL)
                 elif group:
+                    stopping = True
                     os.killpg(pid, signal.SIGTERM)
                 else:
                     os.kill(pid, signal.SIGTERM)
@@ -77,7 +83,8 @@ def main(command: str, group: bool) -> int:
         if deadline is not None and time.monotonic() >= deadline:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)
-        status = _reap(pid)
+        ended = _reap(pid)
+        status = ended if status is None else status
     _sweep(pid)
     while terminal in readers and select.select([terminal], [], [], 0)[0] and _copy(terminal):
         pass
@@ -88,6 +95,14 @@ def main(command: str, group: bool) -> int:
 def _prctl(option: int, value: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def _exists(group: int) -> bool:
+    """Whether a process group has a process."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, 0)
+        return True
+    return False
 
 
 def _copy(terminal: int) -> bool:

@@ -1,18 +1,19 @@
 """The terminal cell: `%%terminal NAME` over a shell command, and `%tail`, `%stop` and `%kill` to go with it."""
 
 import atexit
+import codecs
 import collections
 import contextlib
 import html
+import itertools
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -20,6 +21,7 @@ from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
 from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
 from IPython.display import display
 
+from course_tasks.classroom.ansi import coloured, plain
 from course_tasks.classroom.drawing import pane
 from course_tasks.classroom.errors import ClassroomError
 from course_tasks.servers import runtime_directory
@@ -29,12 +31,19 @@ SUPERVISOR = Path(__file__).with_name("supervisor.py")
 READY = r" ready\.$|[Rr]eady to accept connections|\. maxinterval -> |Uvicorn running on "
 # How a worker says that it is done with a task, one way or another.
 DONE = r"\] (succeeded in|raised (un)?expected|ignored|rejected|INTERNAL ERROR)|Discarding revoked task|Terminat"
-KEPT, SHOWN = 20_000, 300  # lines kept for %tail, lines in the pane
+KEPT, SHOWN, PRINTED = 20_000, 300, 1000  # lines: kept in the log, shown in the pane, printed by %tail
+KEPT_SIZE, SHOWN_SIZE, PRINTED_SIZE = 10_000_000, 60_000, 100_000  # the same in characters
+LONGEST = 2000  # characters that are kept of a line
 INTERVAL = 0.15  # seconds between two updates of a pane: smooth to the eye, light for the browser
+RATE = 500_000  # characters a second that a pane's updates may have: a larger pane is updated less often
+# In a container, where people are root, a worker would begin each pane with eight lines about that.
+NOT_ROOT = "ignore:You're running the worker with superuser privileges"
 FORCED = ("FORCE_COLOR", "CLICOLOR_FORCE")
-ANSI = re.compile(r"\x1b\[([0-9;?]*)([@-~])|\x1b\][^\x07]*\x07")
-# The pane's colours; their contrast is at least 5:1.
-COLOURS = {1: "#ff8f8f", 2: "#8fd694", 3: "#e8c66a", 4: "#8ab8ff", 5: "#dda0f0", 6: "#7fd6d6", 7: "#ffffff"}
+# A word of a shell's command; a redirection, which may stand anywhere in it; and what stands before its name.
+WORD = r"""(?:[^\s"'\\;&|()<>`#]|(?<=\S)\#|"(?:[^"\\]|\\.)*"|'[^']*'|\\.|\$\([^()]*\)|`[^`]*`)+"""
+REDIRECTION = rf"\d*(?:>>|<>|>\||[<>])&?[ \t]*{WORD}"
+BEFORE = rf"(?:[A-Za-z_]\w*=(?:{WORD})?|{REDIRECTION}|\\\n)"
+SIMPLE = rf"(?s)(\s*(?:{BEFORE}[ \t]+)*)({WORD})(?:[ \t]+(?:{REDIRECTION}|{WORD}))*[ \t]*(?:(?<=\s)#.*)?"
 
 
 class Terminal:
@@ -49,20 +58,23 @@ class Terminal:
 
     def __init__(self, name: str, command: str, ready: re.Pattern, shown: int = SHOWN):
         self.name, self.command, self.shown = name, command.strip(), shown
-        self.log: collections.deque[str] = collections.deque(maxlen=KEPT)  # with its colours
+        self.log: collections.deque[str] = collections.deque()  # with its colours
+        self.size = 0  # characters in the log
+        self.unfinished = ""  # the line that is being written
         self.count = 0  # lines ever written, of which the log keeps the last
         self.seen = 0  # lines that the pane's first text or %tail has shown
         self.ready_at: int | None = None  # lines written up to the ready line
         self.running = True
         self.ordered: str | None = None  # the end that was asked for
         self.changed = threading.Condition()
-        script, group = prepared(self.command)
         # ipykernel asks programs for colours even in a pipe; in a terminal they see for themselves
         environment = {name: value for name, value in os.environ.items() if name not in FORCED}
         environment["TERM"] = "xterm-256color"
+        environment["PYTHONWARNINGS"] = ",".join(filter(None, [environment.get("PYTHONWARNINGS"), NOT_ROOT]))
         environment["COURSE_TERMINAL"] = name  # these two tell other kernels of this clone whose it is
         environment["COURSE_TERMINAL_HOME"] = str(runtime_directory())
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+        script, group = prepared(self.command, environment)
         self.process = subprocess.Popen(
             [sys.executable, "-I", SUPERVISOR, script, "group" if group else "single"],
             stdin=subprocess.PIPE,
@@ -82,25 +94,49 @@ class Terminal:
         return self.ordered or (f"ended with exit code {code}" if code else "finished")
 
     def _read(self) -> None:
+        """Take the command's output into the log, in pieces: a line may be longer than there is memory."""
         assert self.process.stdout  # a pipe
-        for raw in self.process.stdout:
-            line = raw.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2]
-            with self.changed:
-                self.log.append(line)
-                self.count += 1
-                if self.ready_at is None and self._ready.search(plain(line)):
-                    self.ready_at = self.count
-                self.changed.notify_all()
+        decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        line, more = "", 0  # the line's beginning, and how many characters of it are not kept
+        while data := os.read(self.process.stdout.fileno(), 65536):
+            new = []
+            for number, part in enumerate(decode(data).split("\n")):
+                if number:
+                    new.append(_shortened(line, more))
+                    line, more = "", 0
+                # a progress bar returns to the beginning of its line; at a line's end, a return doesn't count
+                written = (line + part).rstrip("\r")
+                returned = (line + part)[len(written) :][:1]
+                if "\r" in written:
+                    written, more = written.rpartition("\r")[2], 0
+                more += max(0, len(written) - LONGEST)
+                line = written[:LONGEST] + returned
+            self._add(new, _shortened(line, more))
+        self._add([_shortened(line, more)] * bool(line), "")
         self.process.wait()
         with self.changed:
             self.running = False
             self.changed.notify_all()
 
+    def _add(self, lines: list[str], unfinished: str) -> None:
+        """Add lines to the log, and drop old ones if they are too many."""
+        ready = next((at for at, line in enumerate(lines, start=1) if self._ready.search(plain(line))), None)
+        with self.changed:
+            if self.ready_at is None and ready:
+                self.ready_at = self.count + ready
+            self.log.extend(lines)
+            self.count += len(lines)
+            self.size += sum(map(len, lines))
+            while len(self.log) > KEPT or self.size > KEPT_SIZE:
+                self.size -= len(self.log.popleft())
+            self.unfinished = unfinished
+            self.changed.notify_all()
+
     def lines(self, start: int = 0, end: int | None = None) -> list[str]:
         """The lines of the log numbered from `start` up to `end`, of those that are kept."""
         with self.changed:
-            first = self.count - len(self.log)
-            return list(self.log)[max(0, start - first) : None if end is None else max(0, end - first)]
+            new = list(itertools.islice(reversed(self.log), max(0, self.count - start)))[::-1]
+            return new if end is None else new[: max(0, end - self.count + len(new))]
 
     def wait(self, condition, timeout: float | None) -> bool:
         """Wait until `condition()` holds, looking whenever the log grows or ends; False after `timeout` seconds."""
@@ -119,18 +155,18 @@ class Terminal:
         Returns:
             How many lines matched, and the number of lines up to the last one that was looked at.
         """
-        found, at = 0, start
-
-        def enough() -> bool:
-            nonlocal found, at
-            at = max(at, self.count - len(self.log))
-            for line in self.lines(at):
+        found, at, deadline = 0, start, time.monotonic() + timeout
+        over = False
+        while not over:
+            self.wait(lambda: self.count > at or not self.running, max(0.0, deadline - time.monotonic()))  # noqa: B023
+            with self.changed:
+                over = not self.running or time.monotonic() >= deadline
+                at = max(at, self.count - len(self.log))
+                lines = self.lines(at)
+            for line in lines:  # without the lock, for the reader needs it
                 found, at = found + bool(matches(plain(line))), at + 1
                 if found == times:
-                    break
-            return found == times or not self.running
-
-        self.wait(enough, timeout)
+                    return found, at
         return found, at
 
     def order(self, letter: bytes) -> None:
@@ -142,12 +178,14 @@ class Terminal:
 
     def bundle(self, end: int | None = None) -> dict[str, str]:
         """What a notebook shows of it: the command, the state and the log's last lines, as text and as HTML."""
-        log = self.lines(0, end)[-self.shown :]
+        log = _last_of(
+            [*self.lines(0, end), *([self.unfinished] if end is None and self.unfinished else [])], self.shown
+        )
         title = f"{self.name}: {self.state}"
         text = "\n".join([title, *(f"$ {line}" for line in self.command.splitlines()), *map(plain, log)])
         return {"text/plain": text, "text/html": _pane(self.name, title, self.command, log)}
 
-    def follow(self) -> None:
+    def show(self) -> None:
         """Show the pane in the running cell, and keep it up to date for as long as the command runs."""
         self.seen = self.count if self.ready_at is None else self.ready_at
         shown = display(self.bundle(self.seen), raw=True, display_id=True)
@@ -155,66 +193,77 @@ class Terminal:
             threading.Thread(target=self._update, args=[shown], daemon=True).start()
 
     def _update(self, shown) -> None:
-        drawn = (self.seen, "running")
+        drawn = (self.seen, "running", "")
         while drawn[1] == "running":
-            self.wait(lambda: (self.count, self.state) != drawn, timeout=None)  # noqa: B023
-            drawn = (self.count, self.state)
-            shown.update(self.bundle(), raw=True)
-            time.sleep(INTERVAL)
+            self.wait(lambda: (self.count, self.state, self.unfinished) != drawn, timeout=None)  # noqa: B023
+            drawn = (self.count, self.state, self.unfinished)
+            bundle = self.bundle()
+            shown.update(bundle, raw=True)
+            time.sleep(max(INTERVAL, sum(map(len, bundle.values())) / RATE))
 
 
-def plain(line: str) -> str:
-    """The line without its colours."""
-    return ANSI.sub("", line)
+def _shortened(line: str, more: int) -> str:
+    """A line of the log, which says how many characters of it are not kept."""
+    return line.rstrip("\r") + f" … ({more:,} more characters)" * bool(more)
 
 
-def prepared(command: str) -> tuple[str, bool]:
-    """The script to run, and whether signals go to the whole group.
+def _last_of(lines: list[str], number: int, size: int = SHOWN_SIZE) -> list[str]:
+    """The last lines: so many at most, and so many characters."""
+    sizes = itertools.accumulate(map(len, reversed(lines[-number:])))
+    fit = sum(1 for _ in itertools.takewhile(lambda total: total <= size, sizes))
+    return lines[len(lines) - fit :]
 
-    The last line replaces the shell, as `exec` does, so that signals reach the program itself. A pipeline or a
-    list of commands can't be replaced: there the whole group gets them.
+
+def prepared(command: str, environment: Mapping[str, str] = os.environ) -> tuple[str, bool]:
+    """The script to run, which does what the command does in a shell, and how it is stopped.
+
+    If the last command is a program, it takes the shell's place by `exec`, so that signals reach the program itself.
+    A builtin, a function, a loop, a pipeline or a list of commands can't do that.
+
+    Args:
+        command: what the learner wrote.
+        environment: where programs are found.
+
+    Returns:
+        The script, and whether signals go to the whole process group, because the shell stays.
     """
-    lines = [line for line in re.sub(r"\\\n\s*", " ", command).splitlines() if not re.match(r"\s*(#|$)", line)]
-    try:
-        words = list(shlex.shlex(lines[-1], posix=True, punctuation_chars=True)) if lines else []
-    except ValueError:  # an open quote: the shell has a message for that
-        words = []
-    if not words or any(set(word) <= set("();|&") for word in words if word):
-        return "\n".join(lines), True
-    return "\n".join([*lines[:-1], f"exec env {lines[-1].strip()}"]), False
+
+    def shell(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            ["/bin/sh", *arguments], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+
+    lines = command.splitlines(keepends=True)
+    while lines and re.match(r"\s*(#|$)", lines[-1]):
+        lines.pop()
+    at = len(lines) - 1
+    while at > 0 and lines[at - 1].endswith("\\\n"):
+        at -= 1
+    head, last = "".join(lines[: max(at, 0)]), "".join(lines[max(at, 0) :]).rstrip("\n")
+    if not (found := re.fullmatch(SIMPLE, last)):
+        return command, True
+    # a bracket can't begin a command: if the shell doesn't mind, it is in a text or a document that has not ended
+    if head and (shell("-n", "-c", head).returncode or not shell("-n", "-c", f"{head}\n)").returncode):
+        return command, True
+    name = found[2]
+    if name == "exec":
+        return command, False
+    redefined = rf"\b{re.escape(name)}\s*(?:=|\(\s*\))|\bfunction\s+{re.escape(name)}\b|\btrap\b|\bset -\w*[vx]"
+    if re.search(r"[$`]", name) or re.search(redefined, head):
+        return command, True
+    if "/" not in name and "/" not in shell("-c", f"command -v {name}").stdout:
+        return command, True
+    return f"{head}{last[: found.start(2)]}exec {last[found.start(2) :]}", False
 
 
 def _pane(name: str, title: str, command: str, log: list[str]) -> str:
     """The pane as HTML with inline styles only: a notebook that is not trusted yet loses all else."""
-    body, style = [], ""
-    for line in [*(f"\x1b[1;2m$ {part}\x1b[0m" for part in command.splitlines()), *log]:
-        at = 0
-        for found in ANSI.finditer(line):
-            body.append(_span(line[at : found.start()], style))
-            at = found.end()
-            if found[2] == "m":
-                style = _style(found[1], style)
-        body.append(_span(line[at:], style) + "\n")
+    body = coloured([*(f"\x1b[1;2m$ {part}\x1b[0m" for part in command.splitlines()), *log])
     style = "line-height:1.35;flex:none;white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere"
     # column-reverse: a box that starts scrolled to its end, so it follows the log with no script
-    box = "max-height:38em;overflow:auto;display:flex;flex-direction:column-reverse"
-    return pane(html.escape(title), "".join(body), f"log of {name}", style=style, box=box)
-
-
-def _span(text: str, style: str) -> str:
-    return f'<span style="{style}">{html.escape(text)}</span>' if text and style else html.escape(text)
-
-
-def _style(codes: str, style: str) -> str:
-    """The style after one `ESC [ codes m`; colours and bold are kept, the rest is passed over."""
-    for code in (int(code or 0) for code in codes.split(";") if code.isdigit() or not code):
-        if code == 0:
-            style = ""
-        elif code == 1:
-            style += "font-weight:bold;"
-        elif code % 10 in COLOURS and code // 10 in (3, 9):
-            style = re.sub(r"color:#\w+;", "", style) + f"color:{COLOURS[code % 10]};"
-    return style
+    # the second max-height is for a small window; JupyterLab removes it until the notebook is trusted
+    box = "max-height:38em;max-height:min(38em,60vh);overflow:auto;display:flex;flex-direction:column-reverse"
+    return pane(html.escape(title), body, f"log of {name}", style=style, box=box)
 
 
 @contextlib.contextmanager
@@ -236,6 +285,14 @@ def _uninterrupted():
 def _unquoted(text: str) -> str:
     """A magic's option without the quotes around it, which IPython leaves there."""
     return text[1:-1] if re.fullmatch(r"(?s)(['\"]).*\1", text) else text
+
+
+def _print(name: str, lines: list[str], nothing: str, count: int | None = None) -> None:
+    """Print lines of a log, or what there is to say without any. Of too many for a notebook, print the last ones."""
+    shown = _last_of(lines, PRINTED, PRINTED_SIZE)
+    if left := (len(lines) if count is None else count) - len(shown):
+        print(f"({left:,} lines before these are left out. %tail {name} --save FILE writes the log to a file.)")
+    print("\n".join(shown) or nothing)
 
 
 def _last(terminal: Terminal, lines: int = 12) -> str:
@@ -332,7 +389,7 @@ class TerminalMagics(Magics):
             raise ClassroomError(f"{options.name} was not ready after {waited}, so it was stopped.{_last(terminal)}")
         if terminal.ready_at is None and (code := terminal.process.wait()):
             raise ClassroomError(f"{options.name} died before it was ready (exit code {code}).{_last(terminal)}")
-        terminal.follow()
+        terminal.show()
 
     @magic_arguments()
     @argument("name", help="which terminal")
@@ -340,23 +397,42 @@ class TerminalMagics(Magics):
     @argument("--until", metavar="TEXT", help="wait for a text, and print the new lines up to it")
     @argument("--times", type=int, default=1, help="in how many lines that text has to appear (default: 1)")
     @argument("--timeout", type=float, help="seconds to wait (default: 15 for a task, 20 for a text)")
+    @argument("--save", metavar="FILE", help="write the whole log to a file instead")
     @line_magic
     def tail(self, line: str) -> None:
-        """Print what the log has gained since the last look."""
+        """Print what the log has gained since the last look, or its last 1,000 lines if that is more.
+
+        The log itself keeps up to 20,000 lines, and 2,000 characters of each; `--save` writes it to a file.
+        """
         options = parse_argstring(self.tail, line)
         [terminal] = self._named([options.name])
-        if options.task and options.until:
-            raise ClassroomError("%tail waits for a task's end (--task) or for a text (--until), not for both.")
+        if sum(map(bool, (options.task, options.until, options.save))) > 1:
+            raise ClassroomError("%tail takes one of --task, --until and --save, not several.")
+        if options.save:
+            self._save(terminal, Path(_unquoted(options.save)))
+            return
         if options.task:
             self._tail_task(terminal, options.task, 15 if options.timeout is None else options.timeout)
             return
+        start = terminal.seen
         if options.until:
             seconds = 20 if options.timeout is None else options.timeout
             new = self.follow(options.name, _unquoted(options.until), options.times, seconds)
         else:
-            start, terminal.seen = terminal.seen, terminal.count
+            terminal.seen = terminal.count
             new = [plain(line) for line in terminal.lines(start, terminal.seen)]
-        print("\n".join(new) or "(nothing new)")
+        _print(terminal.name, new, "(nothing new)", terminal.seen - start)
+
+    def _save(self, terminal: Terminal, path: Path) -> None:
+        lines = terminal.lines()
+        number = (
+            f"all {len(lines):,}" if len(lines) == terminal.count else f"the last {len(lines):,} of {terminal.count:,}"
+        )
+        try:
+            path.write_text("".join(f"{plain(line)}\n" for line in lines), encoding="utf-8")
+        except OSError as error:
+            raise ClassroomError(f"Can't write to {path}: {error.strerror}.") from None
+        print(f"Saved {number} lines: {path}")
 
     def _tail_task(self, terminal: Terminal, task: str, timeout: float) -> None:
         # a log format may shorten ids to their first eight characters, as the course's own does
@@ -366,8 +442,7 @@ class TerminalMagics(Magics):
             return any(name in line for name in names)
 
         ended, _ = terminal.find(lambda line: about(line) and re.search(DONE, line), 0, 1, timeout)
-        lines = filter(about, map(plain, terminal.lines()))
-        print("\n".join(lines) or "(nothing about this task)")
+        _print(terminal.name, list(filter(about, map(plain, terminal.lines()))), "(nothing about this task)")
         if not ended:
             when = f"within {timeout:g} s" if terminal.running else f"before it ended ({terminal.state})"
             raise ClassroomError(f"{terminal.name} has not said {when} that this task is over.")

@@ -226,7 +226,7 @@ def check(exercise: str, answer: Any) -> None:
     try:
         print(_verdict(exercise, answer))
     except Exception as error:  # a learner's object may do anything when it is looked at
-        print(f"✘ {exercise}: your answer could not be judged: {type(error).__name__}: {error}")
+        print(f"❌ {exercise}: your answer could not be judged: {type(error).__name__}: {error}")
 
 
 def quiz(question: str, answer: Any) -> None:
@@ -242,7 +242,7 @@ def quiz(question: str, answer: Any) -> None:
         for line in _quiz_verdict(question, answer).splitlines():
             print(textwrap.fill(line, WIDTH, break_long_words=False, break_on_hyphens=False))
     except Exception as error:
-        print(f"✘ quiz {question}: your answer could not be judged: {type(error).__name__}: {error}")
+        print(f"❌ quiz {question}: your answer could not be judged: {type(error).__name__}: {error}")
 
 
 def _verdict(exercise: str, answer: Any) -> str:
@@ -267,11 +267,11 @@ def _verdict(exercise: str, answer: Any) -> str:
         except WrongAnswer as error:
             reason = str(error)
     if reason:
-        return f"✘ {exercise}: {reason}" + _remember(chapter, "exercises", exercise, "wrong")[1]
+        return f"❌ {exercise}: {reason}" + _remember(chapter, "exercises", exercise, "wrong")[1]
     states, notice = _remember(chapter, "exercises", exercise, "right")
     names = all_of(chapter)
     count = sum(states.get(name) == "right" for name in names)
-    return f"✔ {exercise}: right. {count} of {len(names)} in this chapter.{notice}"
+    return f"✅ {exercise}: right. {count} of {len(names)} in this chapter.{notice}"
 
 
 def _quiz_verdict(question: str, answer: Any) -> str:
@@ -287,9 +287,9 @@ def _quiz_verdict(question: str, answer: Any) -> str:
     else:
         reason = f'an answer is a text in quotes, such as "a". This is {_in_words(type(answer))}.'
     if reason:
-        return f"✘ quiz {question}: {_unmarked(reason)}" + _remember(chapter, "quiz", question, "wrong")[1]
+        return f"❌ quiz {question}: {_unmarked(reason)}" + _remember(chapter, "quiz", question, "wrong")[1]
     notice = _remember(chapter, "quiz", question, "right")[1]
-    return f"✔ quiz {question}: right. {explanation(question)}".rstrip() + notice
+    return f"✅ quiz {question}: right. {explanation(question)}".rstrip() + notice
 
 
 def _as_delivered(chapter: str, folder: str) -> bool:

@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import nbformat
 import psutil
 import pytest
 
@@ -30,6 +31,8 @@ WAIT = 90 * SECOND
 if not CHROMIUM:
     lacking("Chromium")
 needed("playwright")
+needed("axe_playwright_python")
+import axe_playwright_python.sync_playwright as axe  # noqa: E402
 import playwright.sync_api as api  # noqa: E402
 
 api.expect.set_options(timeout=WAIT)
@@ -171,6 +174,13 @@ def pane(page: api.Page, number: int = 0):
     raise AssertionError("there is no terminal pane")
 
 
+def faults(page: api.Page) -> list[str]:
+    """What axe-core finds wrong with the course's part of the page, for people who see little or use no mouse."""
+    scope = [[".jp-Notebook .jp-RenderedHTMLCommon"], [".jp-Notebook .jp-OutputArea-output"]]
+    found = axe.Axe().run(page, {"include": scope}, {"resultTypes": ["violations"]}).response["violations"]
+    return [f"{fault['id']}: {node['html'][:300]}" for fault in found for node in fault["nodes"]]
+
+
 def run_all(page: api.Page) -> None:
     menu(page, "Run", "Run All Cells")
     api.expect(status(page)).to_have_attribute("data-status", "busy")
@@ -243,8 +253,8 @@ def test_answers_are_counted_and_the_map_leads_to_the_next_chapter_in_both_theme
     page.keyboard.insert_text(ANSWERS)
     page.keyboard.press("Control+Enter")
     said = page.locator(".jp-Notebook .jp-OutputArea").first
-    api.expect(said).to_contain_text("✔ 00-3: right. 1 of 3 in this chapter.")
-    api.expect(said).to_contain_text("✔ quiz 00-1: right. send_task had already handed")
+    api.expect(said).to_contain_text("✅ 00-3: right. 1 of 3 in this chapter.")
+    api.expect(said).to_contain_text("✅ quiz 00-1: right. send_task had already handed")
     rows = said.locator("table[aria-label='Your progress'] tr")
     api.expect(rows).to_have_count(len(CHAPTERS) + 2)
     api.expect(rows.nth(1)).to_have_text("00 Welcome1 of 31 of 4▶ you are here")
@@ -315,6 +325,7 @@ def test_run_all_in_the_browser(page, lab, name):
                 "all => all.map(l => l.parentNode.firstChild.textContent)"
             )
         )
+        assert faults(page) == []
         if not view.evaluate(
             "view => { const was = view.scrollTop; view.scrollTop += 700; return view.scrollTop > was }"
         ):
@@ -323,6 +334,30 @@ def test_run_all_in_the_browser(page, lab, name):
     assert panes and all(
         re.search(r": (stopped|finished|killed|ended with exit code \d+)$", title) for title in panes
     ), panes
+
+
+def test_the_stored_chapters_are_accessible_in_both_themes_before_they_are_trusted(page, lab):
+    """All at once in one notebook, which is never run: loading each by itself would take minutes."""
+    everything = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "none", "display_name": "none"}})
+    for path in sorted(kernels.NOTEBOOKS.glob("*.ipynb")):
+        everything.cells += nbformat.read(path, as_version=4).cells
+    for cell in everything.cells:
+        if cell.cell_type == "code":
+            cell.source = ""  # JupyterLab's own editors are not examined
+    (lab.notebooks / "all.ipynb").write_text(nbformat.writes(everything))
+    place = urlsplit(lab.url)
+    answer = page.request.put(
+        f"{place.scheme}://{place.netloc}/lab/api/settings/@jupyterlab/notebook-extension:tracker?{place.query}",
+        data=json.dumps({"raw": json.dumps({"windowingMode": "none"})}),  # else Lab has only the cells near the view
+    )
+    assert answer.ok, answer.text()
+    page.goto(re.sub(r"/lab[^?]*", "/lab/tree/my_notebooks/all.ipynb", lab.url) + "&reset")
+    api.expect(page.locator(".jp-Notebook .jp-Cell")).to_have_count(len(everything.cells))
+    page.wait_for_function("() => [...document.images].every(image => image.complete)")
+    for theme in ("light", "dark"):
+        switch(page, theme)
+        assert faults(page) == [], theme
+    page.request.put(answer.url, data=json.dumps({"raw": "{}"}))
 
 
 EXPERIMENT = """%load_ext course_tasks.classroom
@@ -391,7 +426,7 @@ def test_an_experiment_is_done_with_the_keyboard_alone(page, lab):
     over = re.compile(r"^Run 1 is over: \d\.\d\d s, [12]\.\d x, slots used: 2\.$")
     api.expect(status).to_have_text(over)
     said = page.evaluate("() => window.said")
-    assert any("A run is going on. Wait for its end." in line for line in said), said
+    assert any("A run is in progress. Wait for its end." in line for line in said), said
     assert len({line for line in said if "of 8 tasks done" in line}) >= 3, "the progress is shown"
     assert page.evaluate("() => window.ticks") > ticks
     assert page.evaluate(FOCUSED) == "Run", "the focus stays where it was"
@@ -404,6 +439,7 @@ def test_an_experiment_is_done_with_the_keyboard_alone(page, lab):
     api.expect(page.locator(".jp-Notebook .widget-html pre")).to_contain_text("celery -A course_tasks worker")
     for theme in ("dark", "light"):
         switch(page, theme)
+        assert faults(page) == []
         for what in ("[role=status]", ".widget-html td", ".widget-html pre", ".widget-label", ".widget-button"):
             contrast = page.locator(f".jp-Notebook {what}").first.evaluate(CONTRAST)
             assert contrast > 4.5, (theme, what, contrast)

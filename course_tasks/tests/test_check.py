@@ -24,9 +24,9 @@ class Hostile:
         ("nonsense", ..., "There is no exercise 'nonsense'"),
         (None, 1, "There is no exercise None"),
         ("00-3", ..., "☐ 00-3: still to do"),
-        ("00-3", 5, "✘ 00-3: the answer should be a text, and this is a whole number"),
-        ("00-2", Hostile, "✘ 00-2: "),
-        ("00-3", "PENDING", "✔ 00-3"),
+        ("00-3", 5, "❌ 00-3: the answer should be a text, and this is a whole number"),
+        ("00-2", Hostile, "❌ 00-2: "),
+        ("00-3", "PENDING", "✅ 00-3"),
     ],
 )
 def test_check_prints_one_line_and_never_raises(capsys, exercise, answer, start):

@@ -77,6 +77,8 @@ def test_a_run_in_every_pool_tells_what_its_tasks_did_and_leaves_nothing(clean, 
     assert repr(run) == f"{text}{run.speedup:.1f} x as fast as one by one"
     assert f"--pool={pool} --concurrency=2 -Q experiment-" in run.command and run.command in experiment._command.value
     assert experiment.progress.value == experiment.progress.max == 4
+    experiment.controls["tasks"].value += 1
+    assert experiment.progress.value == 0, "a full bar would be that of the next run"
     assert status(experiment).startswith("Run 1 is over: ")
 
 
@@ -188,7 +190,7 @@ def test_servers_that_are_away_or_go_away_are_said_so(clean, monkeypatch):
             experiment.button.click()
             until(lambda: experiment.progress.value, "a task is done")
         experiment.join(30)
-    assert re.fullmatch(r"The run broke off: .* Is %servers still right\?", status(experiment))
+    assert re.fullmatch(r"The run broke off: .*\w\. Is %servers still right\?", status(experiment))
     assert experiment.run(tasks=1).slots == 1, "and the next one works"
 
 

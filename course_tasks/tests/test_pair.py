@@ -20,7 +20,7 @@ from redis import Redis
 from course_tasks import servers
 from course_tasks.authoring import kernels, record
 from course_tasks.install import ROOT
-from course_tasks.tests.plugin import free_ports, listens, processes, until
+from course_tasks.tests.plugin import cells, free_ports, listens, processes, until
 from course_tasks.tests.test_servers import impostor
 from course_tasks.tests.test_terminal import Kernel, cell, gone, mark  # noqa: F401
 
@@ -31,14 +31,14 @@ WORKER = "python -m celery -A course_tasks worker --loglevel=INFO --pool=solo --
 
 
 @contextlib.contextmanager
-def notebook(name=None, loaded=True, **variables):
+def notebook(name=None, loaded=True, cwd=kernels.NOTEBOOKS, **variables):
     """A kernel that Jupyter Server has started for a notebook of this name; None for a variable takes it away."""
     given = kernels.kernel_environment() | variables
     if name is not None:
         given["JPY_SESSION_NAME"] = f"notebooks/{name}.ipynb"
     with kernels.kernel_manager() as manager:
         environment = {variable: value for variable, value in given.items() if value is not None}
-        manager.start_kernel(env=environment, cwd=str(kernels.NOTEBOOKS))
+        manager.start_kernel(env=environment, cwd=str(cwd))
         kernel = Kernel(manager, loaded)
         try:
             yield kernel
@@ -71,6 +71,7 @@ def test_servers_says_which_database_and_how_a_terminal_joins_and_shows_no_passw
         secret = password(pair)
         assert told == [f"redis://:{secret}@localhost:{port[role]}/50" for role in servers.ROLES] + [secret]
     outside = {name: value for name, value in os.environ.items() if not name.startswith(("CELERY_", "COURSE_"))}
+    outside["PATH"] = "/usr/bin:/bin"  # a login shell's: it knows no .venv
     done = subprocess.check_output(
         ["sh", "-c", f". {shlex.quote(str(script))}; python -c 'from course_tasks.celery import app; "
          "print(app.connection_for_write().virtual_host, app.connection_for_write().connect() is not None)'"],
@@ -232,6 +233,98 @@ def test_the_first_cell_says_that_the_progress_file_was_damaged(tmp_path):
     (tmp_path / "progress.json").write_text("{")
     with notebook("05_pools", COURSE_MY_NOTEBOOKS=str(tmp_path), loaded=False) as kernel:
         assert kernel.text("%load_ext course_tasks.classroom").startswith("Your progress file was damaged. It was")
+
+
+# --- the first cell -------------------------------------------------------------------------------------------
+
+FIRST_CELL = next(cell.source for cell in cells(kernels.NOTEBOOKS / "00_welcome.ipynb", "code"))
+NOT_RUN = "The first cell of this notebook hasn't been run since the kernel started.\n"
+
+
+def printed(outputs):
+    return "".join(output.get("text", "") for output in outputs)
+
+
+def test_the_first_cell_can_be_run_again_and_leaves_what_runs_alone(pair, mark):  # noqa: F811
+    with notebook("05_pools", loaded=False) as kernel:
+        once = kernel.text(FIRST_CELL)
+        assert once.startswith("broker: ")
+        kernel.run(cell(mark))
+        for _ in range(2):
+            assert kernel.text(FIRST_CELL) == once
+        assert kernel.text("%reload_ext course_tasks.classroom\n%tail one") == "(nothing new)\n"
+        assert processes(mark)
+        assert kernel.text("%stop") == "one: stopped\n"
+
+
+def test_chapter_00_works_in_vs_code_whose_kernel_begins_in_another_folder(pair, tmp_path):
+    place, home = tmp_path / "out of the clone", tmp_path / "home"
+    place.mkdir()
+    (home / "scratch").mkdir(parents=True)
+    with notebook(loaded=False, cwd=home) as kernel:
+        kernel.run(f"__vsc_ipynb_file__ = {str(place / '00_welcome.ipynb')!r}")
+        moved = f"The kernel was started in {home}. Now it works in {place}, where the notebook is.\n"
+        for each in cells(kernels.NOTEBOOKS / "00_welcome.ipynb", "code"):
+            outputs = kernel.run(each.source)
+            assert not any("ename" in output for output in outputs), outputs
+            assert (moved in printed(outputs)) is (each.source == FIRST_CELL)
+    assert (place / "scratch/main.py").exists() and not list((home / "scratch").iterdir())
+
+
+def test_the_first_cell_finds_the_folder_of_a_notebook_or_says_what_to_do(pair, tmp_path):
+    where = "import os; print(os.getcwd())"
+    with notebook(loaded=False, cwd=ROOT) as kernel:  # as papermill does it
+        moved = f"The kernel was started in {ROOT}. Now it works in {kernels.NOTEBOOKS}, where the notebook is.\n"
+        assert kernel.text(FIRST_CELL).startswith(moved)
+        assert kernel.text(FIRST_CELL).startswith("broker: ")
+        assert kernel.text(where) == f"{kernels.NOTEBOOKS}\n"
+    with notebook(loaded=False, cwd=tmp_path) as kernel:
+        hint = f"A chapter writes files to the folder scratch, and {tmp_path} has none. "
+        assert kernel.text(FIRST_CELL).startswith(f"{hint}Run it in the course's notebooks.\n")
+    with notebook("my_own", loaded=False, cwd=tmp_path) as kernel:
+        assert kernel.text(FIRST_CELL).startswith("broker: ")
+        assert not list(tmp_path.iterdir()), "a notebook of the learner's own needs no folder"
+    with notebook("00_welcome-Copy1", loaded=False, cwd=tmp_path) as kernel:
+        assert kernel.text(FIRST_CELL).startswith("broker: ")
+        assert (tmp_path / "scratch").is_dir()
+    (tmp_path / "scratch").rmdir()
+    (tmp_path / "scratch").touch()
+    with notebook("00_welcome", loaded=False, cwd=tmp_path) as kernel:
+        said = kernel.error(FIRST_CELL)
+        assert said.startswith(
+            f"This chapter writes files to the folder {tmp_path}/scratch, which can't be used: File "
+        )
+
+
+@pytest.mark.parametrize(
+    "name, code, advised",
+    [
+        ("05_pools", "%%terminal worker\necho", True),
+        ("05_pools", "%stop worker", True),
+        ("05_pools", "check('05-1', 1)", True),
+        ("05_pools", "client.send_task('add')", True),
+        ("05_pools", "%no_such_magic", True),
+        ("05_pools", "1 / 0", False),
+        ("05_pools", "%cd /no/such/folder", False),
+        ("05_pools", "print('not found.')", False),
+        ("my_own", "client.send_task('add')", False),
+        ("my_own", "%no_such_magic", False),
+        ("my_own", "%%no_such_magic\necho", False),
+        ("my_own", "%%terminal worker\necho", True),
+        ("my_own", "x = %tail worker", True),
+        ("my_own", "quiz('05-1', 'a')", True),
+        (None, "%servers", True),
+        (None, "x", False),
+    ],
+)
+def test_a_cell_that_needs_the_first_one_says_so(name, code, advised):
+    with notebook(name, loaded=False) as kernel:
+        assert (NOT_RUN in printed(kernel.run(code))) is advised
+        assert kernel.text("import sys; print('celery' in sys.modules, 'course_tasks.classroom' in sys.modules)") == (
+            "False False\n"
+        )
+        kernel.run(FIRST_CELL)
+        assert NOT_RUN not in printed(kernel.run("no_such_name")) + printed(kernel.run("%%no_such_magic\necho"))
 
 
 # --- ten at once --------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from course_tasks.install import ROOT
 from course_tasks.tests.test_check import Hostile
 from course_tasks.tests.test_launcher import read_only
 
-RIGHT = "✔ 00-3: right. 1 of 3 in this chapter."
+RIGHT = "✅ 00-3: right. 1 of 3 in this chapter."
 NOTES = """
 import sys
 from course_tasks import progress
@@ -151,7 +151,7 @@ def test_what_was_saved_stays_when_nothing_more_can_be(mine, how):
             prefix, wanted = ["prlimit", "--fsize=10"], "File too large"
         done = subprocess.run([*prefix, sys.executable, "-c", CHECK], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr == ""
-    line = r"✔ 00-3: right\. 2 of 3 in this chapter\.\n"
+    line = r"✅ 00-3: right\. 2 of 3 in this chapter\.\n"
     assert re.fullmatch(rf"{line}Your progress can't be saved: {wanted}.*\.\n", done.stdout)
     assert saved(mine) == before and [path.name for path in mine.iterdir()] == ["progress.json"]
 
@@ -170,13 +170,13 @@ def test_the_map_shows_every_chapter_and_where_the_learner_stopped(mine, monkeyp
     heading, *rows = output.data["text/plain"].splitlines()
     assert heading.split() == ["Chapter", "Exercises", "Quiz", "State"]
     assert [row.split()[0] for row in rows] == list(copies.chapters())
-    marked = {row.split()[0]: row.split("  ")[-1].strip() for row in rows if re.search("[✔▶]", row)}
-    assert marked == {"01": "✔ complete", "05b": "▶ you are here"}
+    marked = {row.split()[0]: row.split("  ")[-1].strip() for row in rows if re.search("[✅▶]", row)}
+    assert marked == {"01": "✅ complete", "05b": "▶ you are here"}
     page = output.data["text/html"]
     links = re.findall(r'<th scope="row"[^>]*><a href="([^"]+)">', page)
     assert links == [path.name for path in copies.chapters().values()]
     assert page.count('<th scope="col"') == 4 and page.count("<tr") == page.count("</tr>") == len(rows) + 1
-    assert "✔ complete" in page and "▶ you are here" in page
+    assert "✅ complete" in page and "▶ you are here" in page
 
 
 @pytest.mark.parametrize(
@@ -186,12 +186,12 @@ def test_the_map_shows_every_chapter_and_where_the_learner_stopped(mine, monkeyp
         (None, "a", f"There is no quiz question None. {exercises.RENAMED}"),
         ("00-1", ..., "☐ quiz 00-1: still to do. Put your answer in place of the dots, and run this cell again."),
         ("00-1", " … ", "☐ quiz 00-1: still to do. Put your answer in place of the dots, and run this cell again."),
-        ("00-1", "x", "✘ quiz 00-1: 'x' is not one of the choices: a, b, c."),
-        ("00-1", 5, '✘ quiz 00-1: an answer is a text in quotes, such as "a". This is a whole number.'),
-        ("00-1", Hostile, "✘ quiz 00-1: your answer could not be judged: RuntimeError: do not touch"),
-        ("00-1", " C) ", "✘ quiz 00-1: no worker has seen the task yet,"),
-        ("00-1", "B.", "✔ quiz 00-1: right. send_task had already"),
-        ("00-4", "The  Backend", "✔ quiz 00-4: right. The worker stores the result there"),
+        ("00-1", "x", "❌ quiz 00-1: 'x' is not one of the choices: a, b, c."),
+        ("00-1", 5, '❌ quiz 00-1: an answer is a text in quotes, such as "a". This is a whole number.'),
+        ("00-1", Hostile, "❌ quiz 00-1: your answer could not be judged: RuntimeError: do not touch"),
+        ("00-1", " C) ", "❌ quiz 00-1: no worker has seen the task yet,"),
+        ("00-1", "B.", "✅ quiz 00-1: right. send_task had already"),
+        ("00-4", "The  Backend", "✅ quiz 00-4: right. The worker stores the result there"),
     ],
 )
 def test_quiz_prints_a_verdict_and_never_raises(mine, capsys, question, answer, line):
@@ -214,4 +214,4 @@ def test_without_the_notebook_a_right_answer_is_right_without_its_explanation(mi
         if damaged is not None:
             (tmp_path / "00_welcome.ipynb").write_text(damaged)
         quiz("00-1", "b")
-        assert capsys.readouterr().out == "✔ quiz 00-1: right.\n"
+        assert capsys.readouterr().out == "✅ quiz 00-1: right.\n"

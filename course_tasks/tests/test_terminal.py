@@ -1,20 +1,28 @@
 """The terminal cell in real kernels: what it shows, how it fails, and that it leaves nothing behind."""
 
 import contextlib
+import html
+import os
 import queue
 import re
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
+import threading
 import time
+import tracemalloc
 import uuid
+from pathlib import Path
 
 import psutil
 import pytest
 
 from course_tasks import servers
 from course_tasks.authoring import kernels
-from course_tasks.classroom.terminal import Terminal
+from course_tasks.classroom.ansi import COLOURS, coloured, plain
+from course_tasks.classroom.terminal import SUPERVISOR, Terminal, prepared
 from course_tasks.tests.plugin import processes, until
 
 # Python for `python -c "..."`: each says that it is ready and stays; DEAF does so after SIGTERM, too
@@ -28,6 +36,7 @@ class Kernel:
     def __init__(self, manager, loaded=True):
         self.manager = manager
         self.updates: list[str] = []
+        self.written = 0  # characters of all live updates
         self.client = manager.client()
         self.client.start_channels()
         self.client.wait_for_ready(timeout=60)
@@ -38,6 +47,7 @@ class Kernel:
         found = self.client.get_iopub_msg(timeout=timeout)
         if found["msg_type"] == "update_display_data":
             self.updates.append(found["content"]["data"]["text/plain"])
+            self.written += sum(map(len, found["content"]["data"].values()))
         return found
 
     def run(self, code: str, wait: bool = True) -> list[dict]:
@@ -256,7 +266,7 @@ def test_a_log_that_ends_is_not_waited_for(kernel):
         ("follow_log('one', '')", "Wait for a text, such as 'ready.', or a compiled regular expression, not ''."),
         ("follow_log('one', 5)", "or a compiled regular expression, not 5."),
         ("%tail one --until text --times 0", "A text can be waited for in 1 line or more, not in 0."),
-        ("%tail one --until text --task 123", "not for both."),
+        ("%tail one --until text --task 123", "takes one of --task, --until and --save, not several."),
         ("%%terminal one --lines 0\necho", "--lines takes a whole number from 1 to 300, not 0."),
         ("%%terminal one --lines 301\necho", "--lines takes a whole number from 1 to 300, not 301."),
     ],
@@ -374,6 +384,269 @@ def test_a_command_that_ends_leaves_none_of_its_children(kernel, mark):
     [pane] = kernel.run(f"%%terminal one --ready never\n{background}sleep 0.5")
     assert pane["data"]["text/plain"].startswith("one: finished")
     assert gone(mark)
+
+
+# What people write in a shell, each with whether it ends in a program. That gets the shell's place, so that SIGTERM
+# reaches it alone.
+SCRIPTS = [
+    ("echo one; echo two", False),
+    ("python -c 'print(5)'", True),
+    ("echo hello", False),
+    ("true\npython -c 'exit(3)'", True),
+    ("for n in 1 2 3; do\n  echo $n\ndone", False),
+    ("for n in 1 2 3; do echo $n; done", False),
+    ("if true; then\n  python -c 'print(1)'\nelse\n  echo no\nfi", False),
+    ("case x in\nx) echo yes;;\nesac", False),
+    ('while read line; do echo "<$line>"; done <<END\na\nb\nEND', False),
+    ("cat <<END\n# no comment\nexit 5\n\nEND", False),
+    ("cat > f.py <<'END'\nprint(\"$HOME \\\\\")\nEND\npython f.py", True),
+    ("cat <<END\nexit 5", False),
+    ('greet() { echo "hello $1"; }\ngreet you', False),
+    ("greet() {\n  python -c 'print(2)'\n}\ngreet", False),
+    ("python() { echo mine; }\npython -c 'print(1)'", False),
+    ("! false", False),
+    ("! true", False),
+    ("cd /\npwd", False),
+    ("cd /no-such-folder", False),
+    ("export A=5", False),
+    ("A=5\nexport A\npython -c 'import os; print(os.environ[\"A\"])'", True),
+    ("B='x  y'\nA=$B C=~/x python -c 'import os; print(os.environ[\"A\"], os.environ[\"C\"])'", True),
+    ("A=5", False),
+    ("python -c 'print(1)' &\nwait", False),
+    ("python -c 'print(1)' | cat", False),
+    ("(exit 4)", False),
+    ("{ echo a; echo b; }", False),
+    ("false\necho never", False),
+    ("false || echo saved", False),
+    ("test -d / && echo there", False),
+    ("set -u\necho $no_such_variable", False),
+    ("trap 'echo bye' EXIT\npython -c 'print(1)'", False),
+    ("set -x\npython -c 'print(1)'", False),
+    ("alias say='echo said'\nsay it", False),
+    ("exec python -c 'print(1)'", True),
+    ("python -c 'print(\"two\nlines\")'", False),
+    ("python \\\n  -c \\\n  'print(1)'", True),
+    ("echo one\\\ntwo", False),
+    ("python -c 'print(1)' # (a comment; with | this)", True),
+    ("python -c 'print(1)'\n# a comment below\n", True),
+    ("python -c 'import sys; print(sys.argv[1:])' '(' \"|;&\" \\; a\\ b \"$(echo c)\" $(echo d e)", True),
+    ("python -c 'print(1)' > out\ncat out", True),
+    ("2>&1 > /dev/null python -c 'import sys; print(1, file=sys.stderr)'", True),
+    ("P=python\n$P -c 'print(1)'", False),
+    ("umask 077; umask", False),
+    ("printf '%s\\n' a b", False),
+    ("no-such-command --option", False),
+    ("A=5 no-such-command", False),
+    ("python -c 'exit(", False),
+    ("if true; then echo", False),
+    ("echo )", False),
+    ("exit 7", False),
+    ("kill -9 $$", False),
+]
+
+
+@pytest.mark.parametrize("script, alone", SCRIPTS)
+def test_a_script_does_what_it_does_in_a_shell(script, alone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    shell = subprocess.run(
+        ["/bin/sh", "-e", "-c", script],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    terminal = Terminal("one", script, re.compile("never"))
+    assert terminal.wait(lambda: not terminal.running, 60)
+    code = terminal.process.returncode
+    assert (terminal.lines(), code) == (
+        shell.stdout.splitlines(),
+        shell.returncode % 256 if shell.returncode >= 0 else 128 - shell.returncode,
+    )
+    assert prepared(script)[1] is not alone
+
+
+def test_a_pipelines_programs_are_stopped_warmly_too(kernel, mark, tmp_path):
+    """The shell itself ends at once by SIGTERM; what it has started needs its time."""
+    done = tmp_path / "done"
+    slow = f"signal.signal(15, lambda *_: (time.sleep(1), open('{done}', 'x'), exit())); {WAITING}"
+    kernel.run(cell(mark, script=f"import signal; {slow}") + " | cat")
+    assert kernel.text("%stop one") == "one: stopped\n"
+    assert done.exists()
+
+
+# --- limits ---------------------------------------------------------------------------------------------------
+
+
+def ended(script: str) -> Terminal:
+    """A command of Python, in this process, that has ended."""
+    terminal = Terminal("one", f"{shlex.quote(sys.executable)} -c {shlex.quote(script)}", re.compile("never"))
+    assert terminal.wait(lambda: not terminal.running, 60)
+    return terminal
+
+
+def test_long_lines_are_shortened_with_a_mark_and_the_pane_stays_small(kernel, mark):
+    script = f"import time; print(' ready.'); [print('z' * 100000) for _ in range(300)]; time.sleep(1); '{mark}'"
+    kernel.run(f'%%terminal one\npython -c "{script}"')
+    assert kernel.updated("one: finished")
+    assert "\n" + "z" * 2000 + " … (98,000 more characters)" in kernel.updates[-1]
+    assert kernel.written < 10e6, "300 lines of 100,000 characters are not sent again and again"
+    assert len(kernel.updates[-1]) < 70_000
+
+
+def test_a_line_without_an_end_needs_no_memory():
+    tracemalloc.start()
+    terminal = ended("import sys; [sys.stdout.write('y' * 1000) for _ in range(10000)]; print('end'); print('next')")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert terminal.lines() == ["y" * 2000 + " … (9,998,003 more characters)", "next"]
+    assert peak < 3e6
+
+
+def test_a_log_of_long_lines_keeps_the_last_ones_only():
+    terminal = ended("for n in range(9000): print(n, 'x' * 1990)")
+    assert terminal.count == 9000 and terminal.lines()[-1].startswith("8999 x")
+    assert sum(map(len, terminal.lines())) <= 10e6 and len(terminal.lines()) > 4000
+    assert terminal.lines(8998) == terminal.lines()[-2:]
+    assert terminal.lines(8997, 8998) == [terminal.lines()[-3]]
+    assert terminal.lines(0, 10) == [], "no longer kept"
+
+
+@pytest.mark.parametrize(
+    "script, line",
+    [
+        (r"print('10 %\r20 %\r30 %')", "30 %"),
+        (r"[print(n, end='\r') for n in range(5)]", "4"),
+        (
+            r"import sys, time; [(sys.stdout.write(f'\r{n}'), sys.stdout.flush(), time.sleep(.01)) for n in range(9)]",
+            "8",
+        ),
+        (r"print('x' * 5000 + '\rshort')", "short"),
+        (r"import sys; sys.stdout.buffer.write(b'caf\xc3\xa9 \xff')", "café \ufffd"),
+        (r"print('tail' + 'x' * 2000 + '\r')", "tail" + "x" * 1996 + " … (4 more characters)"),
+    ],
+)
+def test_a_progress_bar_is_one_line(script, line):
+    assert ended(script).lines() == [line]
+
+
+def test_the_pane_shows_the_line_that_is_being_written(kernel, mark):
+    script = f"print(' ready.\\nName? ', end='', flush=True); input(); '{mark}'"
+    [pane] = kernel.run(f'%%terminal one\npython -c "{script}"')
+    assert pane["data"]["text/plain"].endswith(" ready."), "stored outputs don't depend on the moment"
+    assert kernel.updated("\nName? ")
+    assert kernel.text("%tail one") == "(nothing new)\n"
+    kernel.run("%kill one")
+    assert kernel.text("%tail one") == "Name? \n"
+
+
+def test_tail_prints_so_much_only_and_saves_the_rest(kernel, tmp_path):
+    kernel.run("%%terminal one --ready never\npython -c \"for n in range(25000): print('line', n)\"")
+    shown = kernel.text("%tail one").splitlines()
+    assert shown == ["(nothing new)"], "the pane has shown them"
+    kernel.updates.clear()
+    kernel.run("%%terminal one\npython -c \"print(' ready.')\nfor n in range(25000): print('line', n)\"")
+    assert kernel.updated("one: finished")
+    printed = kernel.text("%tail one")
+    assert len(printed) < 110_000
+    notice, *lines = printed.splitlines()
+    assert lines == [f"line {n}" for n in range(24000, 25000)]
+    assert notice == "(24,000 lines before these are left out. %tail one --save FILE writes the log to a file.)"
+    path = tmp_path / "the log.txt"
+    assert kernel.text(f"%tail one --save '{path}'") == f"Saved the last 20,000 of 25,001 lines: {path}\n"
+    assert path.read_text().splitlines() == [f"line {n}" for n in range(5000, 25000)]
+    assert "No such file or directory" in kernel.error("%tail one --save /no-such-folder/log.txt")
+    assert "Is a directory" in kernel.error(f"%tail one --save {tmp_path}")
+    kernel.run("%%terminal one\nprintf ' ready.\\n\\033[31mred\\033[0m\\n'")
+    assert kernel.text(f"%tail one --save '{path}'") == f"Saved all 2 lines: {path}\n"
+    assert path.read_text() == " ready.\nred\n"
+
+
+def test_a_search_in_the_log_does_not_hold_the_reader_up():
+    terminal = ended("print(1)")
+    others = []
+
+    def matches(line):
+        others.append(threading.Thread(target=terminal.lines))
+        others[0].start()
+        others[0].join(60)
+        return not others[0].is_alive()
+
+    assert terminal.find(matches, 0, 1, 60) == (1, 1)
+
+
+def test_a_search_in_a_flood_of_lines_ends_in_time(kernel, mark):
+    kernel.run(f"%%terminal one\necho ' ready.'; while :; do echo {mark}; done")
+    assert "is in 0 of its" in kernel.error("%tail one --until never --timeout 0.2")
+    kernel.run("%kill one")
+
+
+RED, GREEN, BLUE, BOLD = COLOURS[1], COLOURS[2], COLOURS[4], "bold"
+
+
+@pytest.mark.parametrize(
+    "line, parts",
+    [
+        ("\x1b[31mred\x1b[0m no", [("red", RED), (" no", "")]),
+        ("\x1b[31mred\x1b[39m no", [("red", RED), (" no", "")]),
+        ("\x1b[31mred\x1b[m no", [("red", RED), (" no", "")]),
+        ("\x1b[1mbold\x1b[22m no", [("bold", BOLD), (" no", "")]),
+        ("\x1b[1;31m\x1b[92;22mgreen\x1b[39;1mbold", [("green", GREEN), ("bold", BOLD)]),
+        ("\x1b[31mred\x1b[30mblack", [("red", RED), ("black", "")]),
+        ("\x1b[38;5;34mgreen\x1b[38;5;4mblue", [("green", GREEN), ("blue", BLUE)]),
+        ("\x1b[38;5;196;22mred", [("red", RED)]),
+        ("\x1b[38;5;244mgrey\x1b[38;5;16mblack", [("grey", COLOURS[7]), ("black", "")]),
+        ("\x1b[38;2;200;10;10mred\x1b[38;2;0;0;90mblue", [("red", RED), ("blue", BLUE)]),
+        (
+            "\x1b[48;5;31mno \x1b[48;2;1;31;32mno \x1b[41mno\x1b[49m no",
+            [("no no no no", "")],
+        ),
+        ("\x1b[38mno \x1b[38;5mno \x1b[38;9;31mno \x1b[38:5:34mno", None),
+        ("\x1b[4;3;7;58;5;31mno", None),
+        ("\x1b]0;a title\x07text", [("text", "")]),
+        ("\x1b]8;;http://example.org\x1b\\a link\x1b]8;;\x1b\\ on", [("a link on", "")]),
+        ("\x1b]8;;no end", [("", "")]),
+        ("\x1b(B\x1b[?25l\x1b[2K\x1b=a\x07\x08b\x1b[1;2Hc\td\x7f\x1b", [("abc\td", "")]),
+        ("\x1b[32;<b>&\x1b[m", None),
+    ],
+)
+def test_colours_and_other_sequences(line, parts):
+    drawn = coloured([line])
+    assert "\x1b" not in drawn and "\x07" not in drawn
+    assert html.unescape(re.sub("</?span[^>]*>", "", drawn)) == plain(line) + "\n"
+    if parts:
+        styles = {"": "", BOLD: "font-weight:bold;"}
+        wanted = [(text, styles.get(style, f"color:{style};")) for text, style in parts]
+        assert (
+            drawn == "".join(f'<span style="{style}">{text}</span>' if style else text for text, style in wanted) + "\n"
+        )
+
+
+@pytest.mark.skipif(not shutil.which("zsh"), reason="needs zsh")
+@pytest.mark.parametrize("moved", [False, True])
+def test_labs_zsh_reads_all_of_the_users_settings(tmp_path, moved):
+    """Those may be in another folder, which `.zshenv` names."""
+    home, other = tmp_path / "home", tmp_path / "other"
+    for folder in (home, other):
+        folder.mkdir()
+        (folder / ".zshrc").write_text(f"RC={folder.name}; PATH=/usr/bin:/bin\n")
+    (home / ".zshenv").write_text(f"ENV=read; {f'ZDOTDIR={other}' if moved else ''}\n")
+    ours = Path(SUPERVISOR).parents[1] / "jupyter" / "zsh"
+    done = subprocess.check_output(
+        ["zsh", "-i", "-c", "echo $ENV $RC $ZDOTDIR ${USER_ZDOTDIR-unset} $VIRTUAL_ENV"],
+        env={"HOME": str(home), "ZDOTDIR": str(ours), "USER_ZDOTDIR": str(home), "PATH": os.environ["PATH"]},
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    place = other if moved else home
+    assert done.splitlines()[-1] == f"read {place.name} {place} unset {Path(sys.prefix)}"
+
+
+def test_that_root_runs_a_worker_is_not_said_each_time(monkeypatch):
+    monkeypatch.setenv("PYTHONWARNINGS", "default")
+    root = "You're running the worker with superuser privileges: this is\nabsolutely not recommended!"
+    [line] = ended(f"import warnings; warnings.warn({root!r}); warnings.warn('other')").lines()
+    assert line.endswith("UserWarning: other")
 
 
 def test_colours_are_not_forced_on_a_program_in_a_pipe(kernel):
