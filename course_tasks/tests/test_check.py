@@ -40,7 +40,7 @@ def test_an_answer_that_waits_for_the_broker_is_right_too(pair, capsys, command)
     space = {}
     exec(f"def answer(broker, wrong, right):\n    while broker.{command}: pass", space)
     check("01b-1", space["answer"])
-    assert capsys.readouterr().out.startswith("✔ 01b-1")
+    assert capsys.readouterr().out.startswith("✅ 01b-1")
 
 
 def test_a_free_port_is_nobody_s_and_not_one_that_a_connection_may_get():
