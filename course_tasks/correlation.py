@@ -1,50 +1,78 @@
-"""The correlation id: one id for a request, in every line that any worker logs about a task the request caused.
+"""The correlation id: one id for all the tasks that a request causes, in each record that is logged about them.
 
 `install(app)` where the app is made, in clients and workers alike; `correlation_id.set(new_id())` where a request
-begins. All else follows: a message carries the id of whoever sent it, and a task has the id of its message.
+begins. All else follows: a message carries the id of whoever sent it, a task has the id of its message, and a worker
+has it in all that it logs about either, even if the message never becomes a task.
+
+Not so, and with a ``-`` in place of the id:
+
+- what a thread or a greenlet logs that a task has started, unless it runs in a copy of the task's context,
+  ``copy_context().run(function)``. An asyncio task does so by itself;
+- what a worker logs at the orders of remote control ("Tasks flagged as revoked"), about its child processes, when a
+  task is over ("Process cleanup failed", "Exception raised outside body"), or at level DEBUG;
+- what beat logs. Each task that it sends begins a trail of its own.
+
+What is printed is a record only if Celery redirects it (``worker_redirect_stdouts``, and no ``setup_logging``). And of
+a record with a traceback only the first line has the id; a formatter for JSON makes one line of it all.
 """
 
+import contextlib
 import functools
 import logging
+import os
 import re
 import uuid
-import weakref
 from contextvars import ContextVar
 
-from celery import Celery, signals
+from celery import Celery, Task, signals
+from celery.worker.consumer import Consumer
 from celery.worker.request import Request
 
 correlation_id: ContextVar[str | None] = ContextVar("correlation_id", default=None)
-# Not "correlation_id": a message has a property of that name, the task's id, which would win in the worker.
+# The id's name in messages and in log records. Not "correlation_id": a message has a property of that name, the task's
+# id, which would win in the worker; and a log call of others with extra={"correlation_id": ...} would raise an error.
 HEADER = "request_correlation_id"
-FORMAT = "[%(asctime)s %(levelname)s %(correlation_id)s] %(message)s"
-TASK_FORMAT = "[%(asctime)s %(levelname)s %(correlation_id)s] %(task_name)s[%(task_id).8s]: %(message)s"
-# What may come from outside: a line break in it would forge lines of the log.
-ACCEPTED = re.compile(r"[\w.-]{1,64}", re.ASCII)
-# The requests that the worker's main process knows, by their task's ids.
-_known: weakref.WeakValueDictionary[str, Request] = weakref.WeakValueDictionary()
+FORMAT = "[%(asctime)s %(levelname)s %(request_correlation_id)s] %(message)s"
+TASK_FORMAT = "[%(asctime)s %(levelname)s %(request_correlation_id)s] %(task_name)s[%(task_id).8s]: %(message)s"
+# What may come from outside: a line break in it would forge lines of the log, and "-" is the sign for no id.
+ACCEPTED = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
 
 
 def new_id(given: str | None = None) -> str:
     """The id for a new request: the one that its caller has ``given``, if it is fit for a log, else a new one."""
-    return given if given and ACCEPTED.fullmatch(given) else uuid.uuid4().hex
+    return _fit(given) or uuid.uuid4().hex
 
 
 def install(app: Celery) -> None:
-    """Have `app`'s messages carry the id, its tasks take it over, and every log record have it.
+    """Have messages carry the id, tasks take it over, and log records have it.
 
-    Sets `worker_log_format` and `worker_task_log_format`, which show it; set them again after this for others.
-    Records have the attribute in the whole process, as ``-`` where there is no id: a format that names an attribute
-    which a record does not have loses the line.
+    Sets `app`'s ``worker_log_format`` and ``worker_task_log_format``, which show it (set them again after this for
+    others), and ``worker_consumer``. All else is for the whole process, whatever its apps, loggers and handlers: each
+    record has the attribute ``request_correlation_id``, as ``-`` where there is no id, for a format that names an
+    attribute which a record does not have loses the line. A task with a class of its own for its requests keeps it;
+    derive that class from `CorrelatedRequest`.
     """
-    app.Task.Request = CorrelatedRequest
-    app.conf.update(worker_log_format=FORMAT, worker_task_log_format=TASK_FORMAT)
+    app.conf.update(worker_log_format=FORMAT, worker_task_log_format=TASK_FORMAT, worker_consumer=CorrelatedConsumer)
+    Task.Request = CorrelatedRequest  # not app.Task's: a base class of one's own derives from this
     signals.before_task_publish.connect(_publish)
     signals.task_prerun.connect(_begin)
     signals.task_postrun.connect(_end)
+    signals.worker_before_create_process.connect(_unformat)
+    signals.worker_process_init.connect(_forget)
     factory = logging.getLogRecordFactory()
     if not isinstance(factory, _RecordFactory):
         logging.setLogRecordFactory(_RecordFactory(factory))
+
+
+def _fit(given: object) -> str | None:
+    """What is ``given``, if it is fit for a log."""
+    return given if isinstance(given, str) and ACCEPTED.fullmatch(given) else None
+
+
+def _id_of(headers: dict | None, *stand_ins: str | None) -> str | None:
+    """The id in a message's headers; for want of one that is fit for a log, the first of the others, made fit."""
+    stand_in = next((str(other) for other in stand_ins if other), None)
+    return _fit((headers or {}).get(HEADER)) or (stand_in and re.sub(r"[^\w.-]", "_", stand_in, flags=re.ASCII)[:64])
 
 
 def _publish(headers: dict, **_) -> None:
@@ -56,32 +84,63 @@ def _publish(headers: dict, **_) -> None:
 def _begin(task, **_) -> None:
     """In whatever runs the task: its message's id is current. A task called in place keeps its caller's."""
     request = task.request
-    current = request.get(HEADER) or (request.is_eager and correlation_id.get()) or request.root_id
+    caller = correlation_id.get() if request.is_eager else None
+    current = _id_of(request.headers, caller, request.root_id, request.correlation_id, request.id)
     request.correlation_token = correlation_id.set(current)
 
 
 def _end(task, **_) -> None:
     # reset, not set(None): a task called in place gives its caller's id back
-    correlation_id.reset(task.request.correlation_token)
+    if token := task.request.get("correlation_token"):
+        correlation_id.reset(token)
+
+
+def _unformat(**_) -> None:
+    """Before a child process: if it is spawned, as on macOS, it logs before it has imported all this."""
+    os.environ.pop("_MP_FORK_LOGFORMAT_", None)
+
+
+def _forget(**_) -> None:
+    """In a child process: if it is forked while a message is taken, it has a copy of the message's id."""
+    correlation_id.set(None)
 
 
 class _RecordFactory:
-    """Makes log records, each with the id that is current, or that of the task which the line is about."""
+    """Makes log records, each with the id that is current."""
 
     def __init__(self, factory):
         self.factory = factory
 
     def __call__(self, *args, **kwargs) -> logging.LogRecord:
         record = self.factory(*args, **kwargs)
-        record.correlation_id = correlation_id.get() or _of_known_task(record) or "-"
+        record.request_correlation_id = correlation_id.get() or "-"
         return record
 
 
-def _of_known_task(record: logging.LogRecord) -> str | None:
-    """The id for a line like "Task ... received", which the main process logs when no request is current."""
-    about = record.args.get("id") if isinstance(record.args, dict) else None
-    request = _known.get(about) if isinstance(about, str) else None
-    return request and request.correlation
+@contextlib.contextmanager
+def _current(id: str | None):
+    """A block with this id, and afterwards the one from before."""
+    token = correlation_id.set(id)
+    try:
+        yield
+    finally:
+        correlation_id.reset(token)
+
+
+class CorrelatedConsumer(Consumer):
+    """What takes the messages in a worker's main process, each with its id: "received", or that it can't be a task."""
+
+    def create_task_handler(self, *args, **kwargs):
+        """Wrap the function that Celery calls with each message."""
+        handle = super().create_task_handler(*args, **kwargs)
+
+        def with_id(message):
+            headers = message.headers if isinstance(message.headers, dict) else {}
+            task_id = message.properties.get("correlation_id")
+            with _current(_id_of(headers, headers.get("root_id"), task_id, headers.get("id"))):
+                return handle(message)
+
+        return with_id
 
 
 def _about_it(method):
@@ -89,22 +148,18 @@ def _about_it(method):
 
     @functools.wraps(method)
     def with_id(self, *args, **kwargs):
-        token = correlation_id.set(self.correlation)
-        try:
+        with _current(self.correlation):
             return method(self, *args, **kwargs)
-        finally:
-            correlation_id.reset(token)
 
     return with_id
 
 
 class CorrelatedRequest(Request):
-    """A task in the worker's main process, which logs about it from outside: received, timed out, revoked, retried."""
+    """A task in the worker's main process, which logs about it from outside: timed out, lost, revoked, retried."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.correlation = self.request_dict.get(HEADER) or self.root_id
-        _known[self.id] = self
+        self.correlation = correlation_id.get()  # that of the message which is being taken
 
     on_accepted = _about_it(Request.on_accepted)
     on_timeout = _about_it(Request.on_timeout)

@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from contextvars import ContextVar
 
+from celery.app.task import Context
+
 from course_tasks.exercises import Exercise, Question, WrongAnswer, called
 
 # What Celery puts into a message's headers itself, or into a task's request beside them.
-TAKEN = {"argsrepr", "correlation_id", "delivery_info", "eta", "expires", "group", "group_index", "hostname", "id"}
-TAKEN |= {"ignore_result", "kwargsrepr", "lang", "origin", "parent_id", "properties", "reply_to", "retries", "root_id"}
-TAKEN |= {"shadow", "stamped_headers", "stamps", "task", "timelimit"}
+TAKEN = {name for name in vars(Context) if not name.startswith("_")}
+TAKEN |= {"argsrepr", "compression", "kwargsrepr", "lang", "task"}
 
 
 class _NoStock(Exception):
@@ -79,7 +80,10 @@ EXERCISES = {
         wrong={
             "def answer(headers, id):\n    headers.setdefault('my_request_id', id)": "and have become",
             "def answer(headers, id):\n    if id:\n        headers['my_request_id'] = id": "it is overwritten",
-            "def answer(headers, id):\n    if id:\n        headers.setdefault('correlation_id', id)": "is taken",
+            **{
+                f"def answer(headers, id):\n    if id:\n        headers.setdefault({name!r}, id)": f"{name} is taken"
+                for name in ("correlation_id", "timelimit", "args", "compression", "properties")
+            },
             "def answer(headers, id):\n    if id:\n        headers = headers | {'my_request_id': id}": "one new name",
         },
     ),
@@ -115,7 +119,7 @@ QUIZ = {
         right="a",
         wrong={
             "b": "`-` would be right for such a line, but it appears only when no id is current.",
-            "c": "nobody has sent a next task yet, so the worker can't know its id.",
+            "c": "there is no next request yet, so nobody can know its id.",
             "d": "the record of each line has the field, so the line can be formatted.",
         },
     ),

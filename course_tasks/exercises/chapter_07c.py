@@ -33,7 +33,7 @@ def _start(answer: Callable) -> str | None:
 
 def _format(answer: str) -> str | None:
     record = logging.LogRecord("celery", logging.INFO, "worker.py", 1, "card refused", None, None)
-    record.correlation_id = "ada-7"
+    record.request_correlation_id = "ada-7"
     try:
         formatter = logging.Formatter(answer)
     except ValueError as error:
@@ -71,11 +71,11 @@ EXERCISES = {
         kind=str,
         judge=_format,
         wrong={
-            "answer = '%(correlation_id)s %(levelname)s %(task_name)s: %(message)s'": "no field 'task_name'",
-            "answer = '%(request_correlation_id)s %(levelname)s %(message)s'": "no field 'request_correlation_id'",
-            "answer = '{correlation_id} {levelname} {message}'": "that is no format for a log",
-            "answer = '%(levelname)s %(correlation_id)s %(message)s'": "and should be 'ada-7 INFO",
-            "answer = '%(correlation_id)s %(message)s'": "in which INFO is missing",
+            "answer = '%(request_correlation_id)s %(levelname)s %(task_name)s: %(message)s'": "no field 'task_name'",
+            "answer = '%(correlation_id)s %(levelname)s %(message)s'": "no field 'correlation_id'",
+            "answer = '{request_correlation_id} {levelname} {message}'": "that is no format for a log",
+            "answer = '%(levelname)s %(request_correlation_id)s %(message)s'": "and should be 'ada-7 INFO",
+            "answer = '%(request_correlation_id)s %(message)s'": "in which INFO is missing",
         },
     ),
 }

@@ -3,14 +3,19 @@
 import ast
 import collections
 import contextlib
+import json
+import logging
 import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import nbformat
 import pytest
+from celery import Celery
+from celery.app.task import Context
 
 from course_tasks import correlation
 from course_tasks.authoring import kernels
@@ -22,8 +27,9 @@ POOLS = {"solo": 1, "prefork": 4, "threads": 8, "gevent": 16, "eventlet": 16}  #
 REQUESTS = 60
 # The tasks of one request. Each returns its own id, and logs before and after what may mix it up with others.
 SHOP = """
-import os, time
-from celery import Celery, chain, chord, group
+import logging, os, threading, time
+from contextvars import copy_context
+from celery import Celery, Task, chain, chord, group, signals
 from celery.utils.log import get_task_logger
 from course_tasks.correlation import TASK_FORMAT, correlation_id, install
 
@@ -32,6 +38,19 @@ install(app)
 # with whole ids: of so many tasks, two may begin with the same eight letters
 app.conf.worker_task_log_format = TASK_FORMAT.replace("%(task_id).8s", "%(task_id)s")
 logger = get_task_logger(__name__)
+library = logging.getLogger("library")
+
+class Db(Task):
+    "A base of its own, which the documentation of Celery advises for what tasks share."
+
+@app.task(name="sleep")
+def sleep(seconds=0.5):
+    logger.info("sleeps")
+    time.sleep(seconds)
+
+@app.task(name="based", base=Db)
+def based():
+    logger.info("based")
 
 @app.task(name="step")
 def step(*_):
@@ -58,13 +77,49 @@ def old_errback(task_id):
 def errback(request, exc, traceback):
     logger.info("errback")
 
-@app.task(name="hang", soft_time_limit=None, time_limit=1)
+@app.task(name="hang", base=Db, soft_time_limit=None, time_limit=1)
 def hang():
     time.sleep(60)
 
 @app.task(name="lost")
 def lost():
     os._exit(1)
+
+@app.task(name="lost_based", base=Db)
+def lost_based():
+    os._exit(1)
+
+@app.task(name="spawns", bind=True)
+def spawns(self):  # in a green pool a thread is a greenlet
+    for what in ("empty", "carried"):
+        context = copy_context()
+        log = library.warning if what == "empty" else lambda *args: context.run(library.warning, *args)
+        thread = threading.Thread(target=log, args=("%s: spawns[%s]", what, self.request.id))
+        thread.start()
+        thread.join()
+
+@app.task(name="trouble")
+def trouble():
+    logger.info("the task says", extra={"correlation_id": "of-our-own"})
+    library.warning("the library says", extra={"correlation_id": "of-our-own"})
+    print("the task prints")
+    raise LookupError("no lamp")
+
+def fail_once():
+    del app.backend.process_cleanup
+    raise OSError("no cleanup")
+
+@app.task(name="unclean")
+def unclean():
+    app.backend.process_cleanup = fail_once
+
+def told(what):
+    def receiver(**_):
+        library.warning("a receiver of %s", what)
+    return receiver
+
+for name in ("task_received", "task_unknown", "task_rejected", "task_revoked"):
+    getattr(signals, name).connect(told(name), weak=False)
 
 @app.task(name="nested")
 def nested():
@@ -76,33 +131,42 @@ def nested():
 def order():
     logger.info("an order")
     for signature in (
-        step.si(), again.si(), nested.si(), chain(step.si(), step.s()), group(step.si(), step.si()),
+        step.si(), again.si(), nested.si(), based.si(), chain(step.si(), step.s()), group(step.si(), step.si()),
         chord([step.si(), step.si()], step.s()), fail.si().on_error(errback.s()), fail.si().on_error(old_errback.s()),
     ):
         signature.apply_async()
     logger.info("all sent")
     return correlation_id.get()
 """
-TASKS = 1 + 1 + 2 + 1 + 2 + 2 + 3 + 2 + 1  # messages an order causes: two for a retry, one for the errback of old style
+TASKS = (
+    1 + 1 + 2 + 1 + 1 + 2 + 2 + 3 + 2 + 1
+)  # messages an order causes: two for a retry, one for the errback of old style
 ABOUT = re.compile(r"\w+\[([0-9a-f-]{36})\]")  # a line about a task names it with its id
 LINE = re.compile(r"^\[[\d:,. -]+ [A-Z]+(?:/[\w-]+)? ([\w.-]+)\] (.*)$")
 
 
 class Shop:
-    """A worker of one pool with a broker's database of its own, and its log."""
+    """A Celery command in a process of its own, with one of the broker's databases, and its log."""
 
-    def __init__(self, number: int, pool: str, folder):
+    def __init__(self, name: str, number: int, folder: Path, command: str):
+        self.number = number
         self.broker = f"{os.environ['CELERY_BROKER_URL'].rpartition('/')[0]}/{number}"
-        self.log = folder / f"{pool}.log"
-        command = f"-m celery -A shop worker --loglevel=INFO --pool={pool} --concurrency={POOLS[pool]}"
+        self.log = folder / f"{name}.log"
+        self.env = os.environ | {"CELERY_BROKER_URL": self.broker, "PYTHONPATH": f"{folder}:{ROOT}"}
         self.process = subprocess.Popen(
-            [sys.executable, *command.split(), "-n", f"{pool}@%h", "--without-mingle", "--without-gossip"],
+            [sys.executable, "-m", "celery", *command.split()],
             cwd=folder,
-            env=os.environ | {"CELERY_BROKER_URL": self.broker, "PYTHONPATH": f"{folder}:{ROOT}"},
+            env=self.env,
             stdout=self.log.open("w"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+
+    @classmethod
+    def worker(cls, name: str, number: int, folder: Path, options: str, app: str = "shop") -> "Shop":
+        """A worker."""
+        command = f"-A {app} worker --loglevel=INFO -n {name}@%h --without-mingle --without-gossip {options}"
+        return cls(name, number, folder, command)
 
     def lines(self) -> list[tuple[str, str]]:
         """The log's lines in our format: id and message."""
@@ -117,50 +181,75 @@ class Shop:
 
         until(enough, f"{times} x {pattern!r} in the log", 90)
 
+    def client(self, code: str) -> str:
+        """What a client of the shop prints: in a process of its own, so that no connection stays."""
+        done = subprocess.run(
+            [sys.executable, "-c", CLIENT + code],
+            cwd=self.log.parent,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
 
-@pytest.fixture(scope="module")
-def shops(tmp_path_factory):
-    """A worker of each pool; at the end each stops warmly."""
-    folder = tmp_path_factory.mktemp("shop")
-    (folder / "shop.py").write_text(SHOP)
-    (folder / "client.py").write_text(CLIENT)
-    running = {pool: Shop(number, pool, folder) for number, pool in enumerate(POOLS, start=1)}
+
+@contextlib.contextmanager
+def running(*shops: Shop):
+    """Wait until all workers are ready; at the end of the block kill what has not ended."""
     try:
-        for shop in running.values():
-            shop.logged(r" ready\.$")
-        yield running
+        for shop in shops:
+            shop.logged(r" ready\.|beat: Starting")
+        yield shops
     finally:
-        for shop in running.values():
+        for shop in shops:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(shop.process.pid, 9)
             shop.process.wait()
 
 
-# Sends what it is told, each under an id of its own, and prints "request id" for each.
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shop")
+    (folder / "shop.py").write_text(SHOP)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shops(folder):
+    """A worker of each pool."""
+    with running(
+        *(
+            Shop.worker(pool, number, folder, f"--pool={pool} --concurrency={slots}")
+            for number, (pool, slots) in enumerate(POOLS.items(), start=1)
+        )
+    ) as shops:
+        yield dict(zip(POOLS, shops, strict=True))
+
+
 CLIENT = """
-import sys
 from shop import app, correlation_id
-from course_tasks.correlation import new_id
-name, number = sys.argv[1], int(sys.argv[2])
-for n in range(number):
-    token = correlation_id.set(new_id(f"request-{n}"))
-    print(correlation_id.get(), app.send_task(name, ignore_result=True).id)
+from course_tasks.correlation import HEADER
+
+def under(id, name, *args, **options):
+    token = correlation_id.set(id)
+    print(id, app.send_task(name, args, ignore_result=True, **options).id)
     correlation_id.reset(token)
+
+def raw(body, headers):  # what a client that is not Celery's may publish
+    with app.connection() as connection:
+        connection.Producer(serializer=None).publish(
+            body, routing_key="celery", headers=headers, content_type="application/json", content_encoding="utf-8"
+        )
+
 """
 
 
 def sent(shop: Shop, name: str, number: int) -> dict[str, str]:
-    """Send tasks from a process of its own, so that no connection stays; the requests by their tasks' ids."""
-    done = subprocess.run(
-        [sys.executable, "client.py", name, str(number)],
-        cwd=shop.log.parent,
-        env=os.environ | {"CELERY_BROKER_URL": shop.broker, "PYTHONPATH": f"{shop.log.parent}:{ROOT}"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    return {line.split()[1]: line.split()[0] for line in done.stdout.splitlines()}
+    """Send tasks, each under an id of its own; the requests by their tasks' ids."""
+    said = shop.client(f"for n in range({number}):\n    under(f'request-{{n}}', {name!r})")
+    return {line.split()[1]: line.split()[0] for line in said.splitlines()}
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -170,10 +259,7 @@ def test_no_line_about_a_task_has_a_wrong_id_or_none(shops, pool):
     shop.logged(r" received$", REQUESTS * TASKS)
     until(lambda: not busy(shop), f"{pool} is done", 60)
     lines = shop.lines()
-    ids: dict[str, set] = collections.defaultdict(set)  # by task
-    for found, message in lines:
-        for task in ABOUT.findall(message):
-            ids[task].add(found)
+    ids = ids_of(lines)
     assert len(ids) >= REQUESTS * (TASKS - 1)
     assert {task: found for task, found in ids.items() if len(found) != 1} == {}, "one id a task"
     assert {task: ids[task] for task in requests} == {task: {request} for task, request in requests.items()}
@@ -185,6 +271,15 @@ def test_no_line_about_a_task_has_a_wrong_id_or_none(shops, pool):
     assert {found for found, message in lines if "ready." in message} == {"-"}
 
 
+def ids_of(lines: list[tuple[str, str]]) -> dict[str, set[str]]:
+    """The correlation ids of the lines about each task."""
+    ids: dict[str, set[str]] = collections.defaultdict(set)
+    for found, message in lines:
+        for task in ABOUT.findall(message):
+            ids[task].add(found)
+    return ids
+
+
 def busy(shop: Shop) -> set[str]:
     """The tasks that were received and have not said that they are over."""
     text = shop.log.read_text()
@@ -194,22 +289,143 @@ def busy(shop: Shop) -> set[str]:
 
 def test_lines_and_error_callbacks_of_the_main_process_have_it_too(shops):
     shop = shops["prefork"]
-    for name, line in (("hang", "Hard time limit"), ("lost", "Worker exited prematurely|WorkerLost")):
-        [(task, request)] = sent(shop, name, 1).items()
-        shop.logged(line)
+    for times, name, line in ((1, "hang", "Hard time limit"), (1, "lost", LOST), (2, "lost_based", LOST)):
+        task, request = shop.client(f"under('of-{name}', {name!r})").split()[::-1]
+        shop.logged(line, times)
         about = [found for found, message in shop.lines() if task in message]
         assert about and set(about) == {request}, (name, about)
-        assert request in [found for found, message in shop.lines() if re.search(line, message)]
+        assert [found for found, message in shop.lines() if re.search(line, message)][-1] == request
+
+
+LOST = "Task handler raised error: WorkerLostError"
+
+# What the worker logs about a message that never becomes a task, and the client's code that sends it under an id.
+REFUSED = {
+    "Received unregistered task": "under(id, 'nosuch')",
+    "Received invalid task message: invalid ETA": "under(id, 'step', headers={'eta': 'soon'})",
+    "Received invalid task message: Refusing": "under(id, 'step', serializer='pickle')",
+    "Can't decode message body": "raw('{', {HEADER: id, 'task': 'step', 'id': 'a'})",
+    "Received and deleted unknown message": "raw('[1]', {HEADER: id})",
+    "Discarding revoked task": "under(id, 'step', headers={'expires': '2020-01-01T00:00:00'})",
+}
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_message_that_never_becomes_a_task_is_logged_with_its_id(shops, pool):
+    shop = shops[pool]
+    before = len(shop.lines())
+    for number, (line, code) in enumerate(REFUSED.items()):
+        shop.client(f"id = 'refused-{number}'\n{code}")
+        shop.logged(re.escape(line))
+    shop.logged("a receiver of task_revoked")
+    lines = shop.lines()[before:]
+    for number, line in enumerate(REFUSED):
+        assert [found for found, message in lines if line in message] == [f"refused-{number}"], line
+    told = {what: sorted(found for found, message in lines if message == f"a receiver of {what}") for what in TOLD}
+    assert told == TOLD
+
+
+TOLD = {  # by the signal, whose receivers log; an expired task is received as well
+    "task_unknown": ["refused-0"],
+    "task_rejected": ["refused-1", "refused-2", "refused-4"],
+    "task_revoked": ["refused-5"],
+}
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_record_with_a_correlation_id_of_its_own_is_logged_too(shops, pool):
+    shop = shops[pool]
+    shop.client("under('trouble-1', 'trouble')")
+    shop.logged("raised unexpected: LookupError")
+    for what in SAID:
+        assert {found for found, message in shop.lines() if what in message} == {"trouble-1"}, what
+
+
+SAID = ("Task trouble[", "the task says", "the library says", "the task prints", "LookupError('no lamp')")
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_thread_or_greenlet_has_the_id_if_it_runs_in_a_copy_of_the_context(shops, pool):
+    shop = shops[pool]
+    task = shop.client("under('spawns-1', 'spawns')").split()[1]
+    shop.logged(rf"carried: spawns\[{task}")
+    said = {message.partition(":")[0]: found for found, message in shop.lines() if f": spawns[{task}]" in message}
+    inherits = getattr(sys.flags, "thread_inherit_context", False)  # as builds of Python 3.14 without a GIL do
+    assert said == {"empty": "spawns-1" if inherits else "-", "carried": "spawns-1"}
+
+
+def test_an_id_that_is_not_fit_for_a_log_is_refused_by_the_worker_as_well(shops):
+    """A producer that is not ours may send anything; the ids of the first task and of the task itself stand in."""
+    shop = shops["prefork"]
+    forged = "eve\n[2026-01-01 00:00:00,000: INFO ben-8] Task pay[1] succeeded"
+    for given in (forged, {"a": [1]}, "-", "", 7, None, "x" * 65):
+        task = shop.client(f"under(None, 'step', headers={{HEADER: {given!r}}})").split()[1]
+        shop.logged(rf"Task step\[{task}\] succeeded")
+        assert {found for found, message in shop.lines() if task in message} == {task}, given
+    assert "\n[2026-01-01" not in shop.log.read_text()
+
+
+def test_ids_of_tasks_that_a_client_made_up_stand_in_made_fit(shops):
+    shop = shops["prefork"]
+    shop.client("under(None, 'nested', task_id='order:17/a')")
+    shop.logged(re.escape("Task nested[order:17/a] succeeded"))
+    lines = [found for found, message in shop.lines() if "nested[order:17/a]" in message]
+    assert len(lines) == 3 and set(lines) == {"order_17_a"}
 
 
 def test_a_task_from_a_client_that_knows_no_ids_has_its_own(shops):
     shop = shops["threads"]
-    code = "import celery; print(celery.Celery().send_task('order', ignore_result=True).id)"
-    env = os.environ | {"CELERY_BROKER_URL": shop.broker}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    task = done.stdout.strip()
+    task = shop.client("print(__import__('celery').Celery().send_task('order', ignore_result=True).id)")
     shop.logged(rf" {task}\] Task old_errback\[\S+ succeeded")
     assert {found for found, message in shop.lines() if task[:8] in message} == {task}
+
+
+OTHER_CLIENTS = {  # and the id that stands in for theirs
+    "app.conf.task_protocol = 1; under('old-1', 'step', task_id='1-1')": "old-1",
+    "app.conf.task_protocol = 1; under(None, 'step', task_id='1-2')": "1-2",
+    "raw('[[], {}, {}]', {'id': '1-3', 'task': 'step', HEADER: 'foreign-1'})": "foreign-1",
+    "raw('[[], {}, {}]', {'id': '1-4', 'task': 'step'})": "1-4",
+    "raw('[[], {}, {}]', {'id': '1-5', 'task': 'step', 'root_id': 'first-1'})": "first-1",
+}
+
+
+def test_main_process_and_child_agree_on_the_id_of_any_message(shops):
+    shop = shops["prefork"]
+    for number, (code, id) in enumerate(OTHER_CLIENTS.items(), start=1):
+        shop.client(code)
+        shop.logged(rf"Task step\[1-{number}\] succeeded")
+        assert [found for found, message in shop.lines() if f"step[1-{number}]" in message] == [id] * 4, code
+
+
+def test_what_the_docstring_says_has_no_id(shops):
+    shop = shops["prefork"]
+    later, running = shop.client("under('a-1', 'step', countdown=90)\nunder('a-1', 'sleep', 90)").split()[1::2]
+    shop.logged(f"{later}. received")
+    shop.logged(f"sleep.{running}.: sleeps")
+    shop.client(f"app.control.revoke({later!r})\napp.control.revoke({running!r}, terminate=True)")
+    shop.client("under('a-1', 'unclean')\nunder('a-1', 'trouble')")
+    for line in (f"Tasks flagged as revoked: {later}", f"Terminating {running} (15)", "Process cleanup failed"):
+        shop.logged(re.escape(line))
+        assert {found for found, message in shop.lines() if message.startswith(line)} == {"-"}, line
+    shop.logged("^LookupError: no lamp$")  # a traceback's last line
+    for quoted in ("Tasks flagged as revoked", "Process cleanup failed", "only the first line", "what beat logs"):
+        assert quoted in correlation.__doc__
+
+
+def test_beat_logs_without_an_id_and_each_task_that_it_sends_has_its_own(shops, folder):
+    schedule = "{'tick': {'task': 'based', 'schedule': 0.3}}"
+    (folder / "timed.py").write_text(f"from shop import app\napp.conf.beat_schedule = {schedule}\n")
+    shop = shops["threads"]
+    before = len(shop.lines())
+    with running(Shop("beat", shop.number, folder, "-A timed beat --loglevel=INFO")) as [beat]:
+        beat.logged("Sending due task tick", 2)
+        assert {found for found, message in beat.lines() if "Sending due task" in message} == {"-"}
+
+    def ran() -> dict[str, set]:
+        return {task: found for task, found in ids_of(shop.lines()[before:]).items() if len(found) == 1}
+
+    until(lambda: len(ran()) >= 2, "two due tasks")
+    assert all(found == {task} for task, found in ran().items())
 
 
 def test_after_all_that_a_line_about_no_task_has_none(shops):
@@ -222,12 +438,121 @@ def test_after_all_that_a_line_about_no_task_has_none(shops):
         assert [found for found, message in shop.lines() if not ABOUT.search(message) and "ready." in message] == ["-"]
 
 
-@pytest.mark.parametrize("given", ["a", "0f3e", "A-b_c.9", "x" * 64])
+# How projects set their logging up, in a module that a worker is started with; the ids are in the format of each.
+LOGGING = """
+import logging.config
+from celery import signals
+from shop import app
+FIELD = "request_correlation_id"
+HANDLERS = {"out": {"class": "logging.StreamHandler", "formatter": "ours"}}
+CONFIG = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"ours": {"format": f"<%({FIELD})s> %(message)s"}},
+    "handlers": HANDLERS,
+    "root": {"level": "INFO", "handlers": ["out"]},
+}
+
+def format_with(formatter):
+    def receiver(logger, **_):
+        for handler in logger.handlers:
+            handler.setFormatter(formatter)
+    signals.after_setup_logger.connect(receiver, weak=False)
+    signals.after_setup_task_logger.connect(receiver, weak=False)
+"""
+SETUPS = {
+    "formatter": "format_with(logging.Formatter(f'<{{{FIELD}}}> {{message}}', style='{'))",
+    "json": """
+        from pythonjsonlogger.json import JsonFormatter
+        format_with(JsonFormatter())
+    """,
+    "not_hijacked": """
+        app.conf.worker_hijack_root_logger = False
+        logging.config.dictConfig(CONFIG)
+        format_with(logging.Formatter(f'<%({FIELD})s> %(message)s'))
+    """,
+    "setup_logging": """
+        signals.setup_logging.connect(lambda **_: logging.config.dictConfig(CONFIG), weak=False)
+    """,
+    "replaced": """
+        def replace(**_):
+            CONFIG["loggers"] = {"celery.task": {"handlers": ["out"], "propagate": False}}
+            logging.config.dictConfig(CONFIG)
+        signals.after_setup_task_logger.connect(replace, weak=False)
+    """,
+    "settings": """
+        class Settings:
+            CELERY_TASK_TIME_LIMIT = 600
+        app.config_from_object(Settings, namespace="CELERY")
+    """,
+    "spawn": "",
+}
+OPTIONS = {"spawn": "--pool-start-method=spawn"}  # as on macOS: a child process logs before it has imported the app
+
+
+@pytest.fixture(scope="module")
+def set_up(folder):
+    """A worker with each set-up of logging."""
+    for name, code in SETUPS.items():
+        (folder / f"log_{name}.py").write_text(LOGGING + textwrap.dedent(code))
+    workers = [
+        Shop.worker(name, number, folder, f"--pool=prefork --concurrency=1 {OPTIONS.get(name, '')}", f"log_{name}")
+        for number, name in enumerate(SETUPS, start=len(POOLS) + 1)
+    ]
+    with running(*workers):
+        yield dict(zip(SETUPS, workers, strict=True))
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_the_ids_are_there_whatever_sets_the_logging_up(set_up, name):
+    worker = set_up[name]
+    worker.client("under('trouble-1', 'trouble')")
+    worker.client("under('refused-1', 'nosuch')")
+    worker.logged("a receiver of task_unknown")
+    worker.logged("raised unexpected: LookupError")
+    log = worker.log.read_text()
+    assert "Logging error" not in log
+    if name in ("settings", "spawn"):
+        lines = worker.lines()
+    elif name == "json":
+        records = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+        lines = [(record["request_correlation_id"], record["message"]) for record in records]
+        [failed] = [record for record in records if "raised unexpected" in record["message"]]
+        assert "Traceback" in failed["exc_info"], "a record with its traceback is one line"
+        [told] = [record for record in records if record["message"] == "the library says"]
+        assert told["correlation_id"] == "of-our-own"
+    else:
+        lines = re.findall("^<(.*?)> (.*)$", log, re.MULTILINE)
+    for what in SAID:
+        if name == "setup_logging" and what == "the task prints":
+            assert re.search(f"^{what}$", log, re.MULTILINE), "Celery does not redirect what is printed"
+            continue
+        assert {found for found, message in lines if what in message} == {"trouble-1"}, what
+    for what in ("unregistered task", "a receiver of task_unknown"):
+        assert {found for found, message in lines if what in message} == {"refused-1"}, what
+    assert {found for found, message in lines if " ready." in message} == {"-"}
+
+
+def test_a_child_that_is_born_while_a_message_is_taken_does_not_inherit_its_id(folder):
+    (folder / "grows.py").write_text(
+        "from shop import app, library, signals\n"
+        "signals.worker_process_init.connect(lambda **_: library.warning('a child is born'), weak=False)\n"
+    )
+    with running(Shop.worker("grows", 13, folder, "--pool=prefork --autoscale=4,1", "grows")) as [shop]:
+        shop.client("for n in range(6):\n    under(f'grows-{n}', 'sleep')")
+        shop.logged("a child is born", 2)
+        assert "Scaling up" in shop.log.read_text()
+        assert {found for found, message in shop.lines() if message == "a child is born"} == {"-"}
+
+
+@pytest.mark.parametrize("given", ["a", "0f3e", "A-b_c.9", "_", "x" * 64])
 def test_an_id_from_outside_is_kept_if_it_is_fit_for_a_log(given):
     assert new_id(given) == given
 
 
-@pytest.mark.parametrize("given", [None, "", "a b", "a\nb", "a\n", "x" * 65, "ä", "<script>", "a]b"])
+@pytest.mark.parametrize(
+    "given", [None, "", "a b", "a\nb", "a\n", "x" * 65, "ä", "<script>", "a]b", "-", "-a", ".", 7, b"a"]
+)
 def test_another_is_replaced_by_a_new_one(given):
     first, second = new_id(given), new_id(given)
     assert first != second and re.fullmatch(r"[0-9a-f]{32}", first)
@@ -237,7 +562,7 @@ def python(code: str) -> str:
     """What code prints in a Python of its own."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("CELERY_")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and not done.stderr, done.stderr
     return done.stdout.strip()
 
 
@@ -256,13 +581,90 @@ install(Celery("one"))
 first = logging.getLogRecordFactory()
 install(Celery("two"))
 assert logging.getLogRecordFactory() is first
-logging.basicConfig(format="%(correlation_id)s %(mine)s %(message)s")
+logging.basicConfig(format="%(request_correlation_id)s %(mine)s %(message)s")
 logging.warning("%s", "a")
 correlation_id.set("id-1")
-logging.warning("%(id)s", {"id": 9})
+logging.warning("%(id)s", {"id": 9}, extra={"correlation_id": "of-our-own"})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stderr.splitlines() == ["- mine a", "id-1 mine 9"]
+
+
+def test_installed_by_a_task_that_runs_it_gives_nothing_back():
+    code = """
+import logging
+from celery import Celery
+from course_tasks.correlation import correlation_id, install
+logging.basicConfig()  # shows if a receiver of a signal has failed
+app = Celery("shop")
+@app.task
+def late():
+    install(Celery("another"))
+late.apply().get()
+print(correlation_id.get())
+"""
+    assert python(code) == "None"
+
+
+def test_two_apps_in_a_process_share_the_current_id_and_nothing_else():
+    code = f"""
+from celery import Celery, Task, signals
+from celery.worker.request import Request
+from course_tasks.correlation import FORMAT, correlation_id, install
+one, two = Celery("one", broker="memory://"), Celery("two", broker="memory://")
+install(one)
+sent = []
+signals.after_task_publish.connect(lambda headers, **_: sent.append(headers.get("{HEADER}")), weak=False)
+correlation_id.set("id-1")
+for app in (one, two):
+    app.send_task("a")
+print(sent, one.conf.worker_log_format == FORMAT, two.conf.worker_log_format == FORMAT)
+"""
+    assert python(code) == "['id-1', 'id-1'] True False"
+
+
+def test_a_request_class_of_a_project_s_own_stays():
+    code = """
+from celery import Celery, Task
+from celery.worker.request import Request
+from course_tasks.correlation import install
+class Ours(Request): pass
+class Db(Task): Request = Ours
+app = Celery("one")
+install(app)
+@app.task(base=Db)
+def a(): pass
+@app.task
+def b(): pass
+print(a.Request is Ours, b.Request is Ours)
+"""
+    assert python(code) == "True False"
+
+
+@pytest.mark.parametrize("way", ["step.apply()", "step.delay()", "chain(step.si(), step.si())()", "nested.delay()"])
+def test_a_task_that_is_run_in_place_has_its_caller_s_id(way, folder):
+    code = f"""
+import sys
+sys.path.insert(0, {str(folder)!r})
+from shop import *
+app.conf.task_always_eager = True
+correlation_id.set("id-1")
+print({way}.get(), correlation_id.get())
+correlation_id.set(None)
+result = {way}
+print(len(result.get()), correlation_id.get())
+"""
+    assert python(code) == "id-1 id-1\n36 None"
+
+
+def test_the_name_is_none_of_celery_s():
+    """For a header with a name that Celery uses, its own value may win, or the worker may even die of it."""
+    assert not hasattr(Context, HEADER)
+    record = logging.makeLogRecord({})
+    assert HEADER not in vars(record)
+    app = Celery("shop", broker="memory://", set_as_current=False)
+    message = app.amqp.as_task_v2("1f2e", "step")
+    assert HEADER not in message.headers
 
 
 def test_a_message_carries_the_id_and_a_given_one_wins():
