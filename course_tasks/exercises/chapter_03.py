@@ -117,9 +117,9 @@ def _bakery(folder: str) -> str | None:
         return None if baked == "5 loaves" else f"bread.bake(5) returned {baked!r}, and it should return '5 loaves'."
 
 
-def _app(lines: str, end: str = "") -> str:
+def _app(lines: str, end: str = "", top: str = "") -> str:
     task = '@app.task\ndef opening_hours():\n    return "7 to 18"\n'
-    return f"%%writefile scratch/bakery/bakery.py\nfrom celery import Celery\n\n{lines}\n\n\n{task}{end}"
+    return f"%%writefile scratch/bakery/bakery.py\n{top}from celery import Celery\n\n{lines}\n\n\n{task}{end}"
 
 
 EXERCISES = {
@@ -174,18 +174,18 @@ EXERCISES = {
         judge=_bakery,
         project="scratch/bakery",
         wrong={
+            _app('app = Celery("bakery")'): "it knows only bakery.opening_hours",
             _app('app = Celery("bakery", include=["bred"])'): "No module named 'bred'",
-            _app('app = Celery("bakery")\napp.autodiscover_tasks()'): "it knows only bakery.opening_hours",
+            _app('app = Celery("bakery")', top="from bread import bake\n"): "ended before it was ready",
             _app('app = Celery("bakery")\n\n\n@app.task(name="bread.bake")\ndef bake(loaves):\n    return loaves'): (
                 "bread.bake(5) returned 5"
             ),
             "%%writefile scratch/bakery/bakery.py\nfrom celery import Celery\n\n"
             'app = Celery("bread", include=["bread"])\n': "bakery.opening_hours is missing",
-            _app("import bread\n\napp = Celery('bakery')"): "ended before it was ready",
         },
         right=(
             _app('app = Celery("bakery")\napp.conf.imports = ("bread",)'),
-            _app('app = Celery("bakery")', "\n\nimport bread  # noqa"),
+            _app('app = Celery("bakery")', "\n\nimport bread  # noqa\n"),
             _app('app = Celery("bakery")\napp.autodiscover_tasks(["bread"])'),
         ),
     ),
@@ -193,14 +193,6 @@ EXERCISES = {
 
 QUIZ = {
     "03-1": Question(
-        right="a",
-        wrong={
-            "b": "a message contains the name and the arguments of the task, but no code.",
-            "c": "Python reads a module's file once per process, when the module is imported.",
-            "d": "that was `--autoreload`, and Celery no longer has this option.",
-        },
-    ),
-    "03-2": Question(
         right="c",
         wrong={
             "a": "the worker has thrown the message away, so no other worker will get it.",
@@ -208,7 +200,7 @@ QUIZ = {
             "d": "`delay` sends the same name, and the worker doesn't know a task of that name.",
         },
     ),
-    "03-3": Question(
+    "03-2": Question(
         right=("office.mail.send",),
         wrong={
             "send": 'that would be the name with `@app.task(name="send")`.',
@@ -220,7 +212,7 @@ QUIZ = {
         },
         otherwise="without `name=`, Celery makes the name out of the module and the function, as in `shop.price`.",
     ),
-    "03-4": Question(
+    "03-3": Question(
         right="b",
         wrong={
             "a": (
@@ -229,14 +221,6 @@ QUIZ = {
             ),
             "c": "then the worker doesn't start at all, and Celery says `Unable to load celery application`.",
             "d": "`-Q` chooses queues. It doesn't change the address of the broker.",
-        },
-    ),
-    "03-5": Question(
-        right="c",
-        wrong={
-            "a": "an old worker doesn't know the argument, so until it is replaced these tasks fail.",
-            "b": "a message from before may still wait in the queue. Without a default, a new worker would fail on it.",
-            "d": "a message contains the name and the arguments of the task, and no code.",
         },
     ),
 }

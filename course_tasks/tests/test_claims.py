@@ -4,22 +4,33 @@ Each test quotes the sentence, sees that it still stands in its chapter, and tri
 takes `project`: an empty folder with servers of its own (see exercises/project.py).
 """
 
+import contextlib
 import inspect
 import os
 import re
+import signal
 import socket
+import time
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import kombu
+import psutil
 import pytest
 from celery import Celery
+from celery.app.control import Inspect
 from celery.app.utils import find_app
 from celery.bin.worker import worker as worker_command
 from celery.result import AsyncResult
+from celery.utils.nodenames import default_nodename
+from celery.worker.heartbeat import Heart
+from kombu.exceptions import OperationalError
+from kombu.transport.redis import Channel
 from redis import Redis
 
 from course_tasks import copies
+from course_tasks.classroom import free_port
 from course_tasks.exercises import WrongAnswer
 from course_tasks.exercises.project import Project
 from course_tasks.tests.plugin import cells, until
@@ -168,6 +179,327 @@ def test_solo_s_banner_has_the_number_of_processors_and_a_discarded_message_is_g
     until(lambda: not project.broker.exists("celery", "unacked"), "nothing of the message is left in the broker")
 
 
+# --- 03b -----------------------------------------------------------------------------------------------------
+
+
+TASKS = """
+import os
+import time
+from pathlib import Path
+
+from celery import Celery, signals
+
+app = Celery("tasks")
+app.conf.task_track_started = True
+{settings}
+
+
+@signals.heartbeat_sent.connect
+def touch(**_):
+    Path("beats.txt").touch()
+
+
+@app.task(name="nap")
+def nap(seconds):
+    time.sleep(seconds)
+
+
+@app.task(name="fail")
+def fail():
+    raise ValueError("on purpose")
+
+
+@app.task(name="bye")
+def bye():
+    app.control.shutdown()
+"""
+
+
+def tasks(folder: Path, settings: str = "") -> None:
+    """Write a module `tasks` with an app and a few tasks."""
+    folder.joinpath("tasks.py").write_text(TASKS.format(settings=settings))
+
+
+def age(folder: Path) -> float:
+    """How many seconds ago the worker's last heartbeat was."""
+    return time.time() - folder.joinpath("beats.txt").stat().st_mtime
+
+
+def test_inspect_waits_a_second_and_a_worker_without_a_name_is_called_celery():
+    stands("03b", "it always waits for the whole `timeout`, by default one second")
+    stands("03b", "Without `-n`, a worker is called `celery@` and the name of its machine")
+    stands("03b", "Every two seconds its main process sends a heartbeat")
+    assert inspect.signature(Inspect).parameters["timeout"].default == 1
+    assert default_nodename(None) == f"celery@{socket.gethostname()}"
+    assert Heart(None, eventer=SimpleNamespace(on_enabled=set(), on_disabled=set())).interval == 2
+
+
+def test_twins_make_celery_warn(project, tmp_path):
+    stands("03b", "It also prints a `DuplicateNodenameWarning`")
+    tasks(tmp_path)
+    for _ in range(2):
+        project.worker(f"celery -A tasks worker {QUIET}")
+    said = project.run("celery -A tasks status --timeout 3")
+    assert "DuplicateNodenameWarning" in said and "1 node online" in said
+
+
+def test_at_warning_a_worker_writes_only_about_tasks_that_fail(project, tmp_path):
+    stands("03b", "It would have written only if a task had failed.")
+    tasks(tmp_path)
+    for name, args in (("nap", (0,)), ("fail", ()), ("bye", ())):
+        project.client().send_task(name, args=args)
+    said = project.run(f"celery -A tasks worker --loglevel=WARNING {QUIET}").partition("key=celery")[2]
+    assert re.findall(r"Task (\w+)\[", said) == ["fail"]
+
+
+def test_active_reserved_and_scheduled(project, tmp_path):
+    stands("03b", "| `active()` | the tasks that it is running now |")
+    stands("03b", "| `reserved()` | the tasks that it has taken and not started yet |")
+    stands("03b", "| `scheduled()` | the tasks that it has taken and that have to wait for their time |")
+    tasks(tmp_path)
+    project.worker(f"celery -A tasks worker {QUIET} --pool=threads --concurrency=1")
+    client = project.client()
+    ids = [client.send_task("nap", args=(n,), countdown=wait).id for n, wait in ((4, None), (0, None), (0, 60))]
+    until(lambda: client.AsyncResult(ids[0]).state == "STARTED", "the first task starts")
+    until(lambda: not project.broker.llen("celery"), "the worker has taken all three")
+
+    def asked(question: str) -> list[str]:
+        [found] = (getattr(client.control.inspect(timeout=10, limit=1), question)() or {"": None}).values()
+        return [task.get("request", task)["id"] for task in found or ()]
+
+    until(lambda: asked("scheduled"), "the third task is there")
+    assert {question: asked(question) for question in ("active", "reserved", "scheduled")} == {
+        "active": ids[:1],
+        "reserved": ids[1:2],
+        "scheduled": ids[2:],
+    }
+
+
+def test_a_solo_worker_sends_no_heartbeat_while_it_runs_a_task(project, tmp_path):
+    stands("03b", "a `solo` worker doesn't send heartbeats while it runs a task")
+    tasks(tmp_path)
+    project.worker(f"celery -A tasks worker {QUIET}")
+    until(lambda: tmp_path.joinpath("beats.txt").exists(), "the first heartbeat")
+    result = project.client().send_task("nap", args=(5,))
+    until(lambda: result.state == "STARTED", "the task starts")
+    until(lambda: age(tmp_path) > 4, "the heartbeats are old")
+    assert result.state == "STARTED"
+    until(lambda: age(tmp_path) < 1, "the heartbeats go on")
+
+
+def test_without_a_broker_there_is_no_heartbeat(project, tmp_path):
+    stands("03b", "without a broker there is no heartbeat either")
+    tasks(tmp_path)
+    project.worker(f"celery -A tasks worker {QUIET}")
+    until(lambda: tmp_path.joinpath("beats.txt").exists(), "the first heartbeat")
+    project.broker.shutdown(nosave=True)
+    until(lambda: age(tmp_path) > 5, "the heartbeats are old")
+    assert "Connection to broker lost" in project.log()
+
+
+def test_no_remote_control_means_no_answers_and_no_orders(project, tmp_path):
+    stands("03b", "Workers with the setting `worker_enable_remote_control = False` obey no orders")
+    stands("03b", "`celery -A course_tasks control shutdown` does the same in a terminal")
+    tasks(tmp_path, "app.conf.worker_enable_remote_control = False")
+    project.worker(f"celery -A tasks worker {QUIET} -n deaf@%h")
+    tasks(tmp_path)
+    project.worker(f"celery -A tasks worker {QUIET} -n hears@%h -Q other")
+    with contextlib.suppress(WrongAnswer):  # nobody answers such an order, which the program takes for an error
+        project.run("celery -A tasks control --timeout 1 shutdown")
+    until(lambda: "Got shutdown from remote" in project.log(), "the other worker stops")
+    assert project.client().control.ping(timeout=1) == []
+    project.client().send_task("nap", args=(0,)).get(timeout=10)
+
+
+def test_a_program_that_cannot_reach_the_broker_gets_an_error_and_not_none():
+    stands("03b", "you get an `OperationalError` after a few seconds, and not `None`")
+    app = Celery(set_as_current=False)
+    app.conf.broker_read_url = app.conf.broker_write_url = f"redis://localhost:{free_port()}/0"
+    with pytest.raises(OperationalError):
+        app.control.inspect(timeout=1).ping()
+
+
+# --- 03c -----------------------------------------------------------------------------------------------------
+
+
+RISK = """
+import os
+import signal
+import time
+
+from celery import Celery
+
+app = Celery("risk")
+app.conf.task_track_started = True
+app.conf.update(settings := {settings})
+
+
+@app.task(name="early")
+def early(seconds):
+    print("began", flush=True)
+    time.sleep(seconds)
+
+
+@app.task(name="late", acks_late=True)
+def late(seconds):
+    print("began", flush=True)
+    time.sleep(seconds)
+
+
+@app.task(name="poison", acks_late=True, reject_on_worker_lost=True)
+def poison():
+    print("began", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@app.task(name="limited", retry_on_worker_lost=True, max_retries=2, default_retry_delay=0.1)
+def limited():
+    print("began", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+RISKY = "python -m celery -A risk worker --without-mingle --without-gossip"
+FAST = {"unacked_restore_interval": 1, "unacked_restore_throttle": 1}
+
+
+def risk(folder: Path, **settings) -> None:
+    """Write a module `risk` with an app and tasks that don't survive everything."""
+    folder.joinpath("risk.py").write_text(RISK.format(settings=settings))
+
+
+def stats(client: Celery, name: str) -> dict:
+    """What a worker says about itself."""
+    node = f"{name}@{socket.gethostname()}"
+    return until(lambda: client.control.inspect([node], timeout=5, limit=1).stats(), f"{name} answers")[node]
+
+
+def test_the_defaults_for_a_worker_s_end():
+    stands("03c", "By default the setting is 0, so there is no waiting.")
+    stands("03c", "That is an hour by default", "By default they look only every 100 seconds.")
+    stands("03c", "times `worker_prefetch_multiplier` (4 by default)")
+    defaults = Celery(set_as_current=False).conf
+    assert defaults.worker_soft_shutdown_timeout == 0
+    assert defaults.worker_prefetch_multiplier == 4
+    assert Channel.visibility_timeout == 3600
+    assert Channel.unacked_restore_interval * Channel.unacked_restore_throttle == 100
+    assert not defaults.task_acks_late and not defaults.task_reject_on_worker_lost
+
+
+@pytest.mark.parametrize(
+    "row, sent, task",
+    [
+        ("SIGTERM", "SIGTERM", "early"),
+        ("SIGQUIT, acknowledged early", "SIGQUIT", "early"),
+        ("SIGQUIT, `acks_late`", "SIGQUIT", "late"),
+    ],
+)
+def test_how_each_pool_stops(project, tmp_path, row, sent, task):
+    stands("03c", "Each worker had three tasks of three seconds and `--concurrency=1`")
+    text = "\n".join(cell.source for cell in cells(copies.chapters()["03c"], "markdown"))
+    pools = re.search(r"(?m)^\| \| (prefork .*) \|$", text)[1].split(" | ")
+    said = re.search(rf"(?m)^\| {re.escape(row)} \| (.*) \|$", text)[1].split(" | ")
+    risk(tmp_path)
+    client, pids, results = project.client(), {}, {}
+    for pool in pools:
+        project.worker(f"{RISKY} --pool={pool} --concurrency=1 -n {pool}@%h -Q {pool}")
+        pids[pool] = stats(client, pool)["pid"]
+    for pool in pools:
+        results[pool] = [client.send_task(task, args=(3,), queue=pool) for _ in range(3)]
+        until(lambda: results[pool][0].state == "STARTED", f"{pool} starts the first task")  # noqa: B023
+        os.kill(pids[pool], getattr(signal, sent))
+    until(lambda: not any(map(psutil.pid_exists, pids.values())), "all workers have ended")
+    done = {pool: sum(result.state == "SUCCESS" for result in results[pool]) for pool in pools}
+    assert [f"{done[pool]} done, {project.broker.llen(pool)} back" for pool in pools] == said
+
+
+def test_sigquit_is_a_cold_stop_and_a_soft_timeout_makes_no_difference_to_sigterm(project, tmp_path):
+    stands("03c", "The signal SIGQUIT asks for it directly.")
+    stands("03c", "It makes no difference to SIGTERM, which waits for ever anyway.")
+    risk(tmp_path, worker_soft_shutdown_timeout=0.5)
+    client = project.client()
+    for number in (1, 2):
+        project.worker(f"{RISKY} --concurrency=1 -n w{number}@%h -Q q{number}")
+        result = client.send_task("early", args=({1: 2, 2: 60}[number],), queue=f"q{number}")
+        pid = stats(client, f"w{number}")["pid"]
+        until(lambda: result.state == "STARTED", "the task starts")  # noqa: B023
+        os.kill(pid, {1: signal.SIGTERM, 2: signal.SIGQUIT}[number])
+        until(lambda: not psutil.pid_exists(pid), "the worker ends")  # noqa: B023
+        assert result.state == {1: "SUCCESS", 2: "RETRY"}[number]
+        assert ("Cold shutdown" in project.log()) == (number == 2)
+
+
+def test_sigterm_to_all_processes_ends_the_running_task_and_sigint_does_not(project, tmp_path):
+    stands("03c", "so also to prefork's children, and these drop their tasks at once")
+    stands("03c", "(Ctrl-C reaches the children as well, but they ignore SIGINT.)")
+    risk(tmp_path)
+    client = project.client()
+    states = []
+    for name in ("SIGTERM", "SIGINT"):
+        project.worker(f"{RISKY} --concurrency=1 -n {name}@%h -Q {name}")
+        pid = stats(client, name)["pid"]
+        result = client.send_task("late", args=(2,), queue=name)
+        until(lambda: result.state == "STARTED", "the task starts")  # noqa: B023
+        os.killpg(pid, getattr(signal, name))
+        until(lambda: not psutil.pid_exists(pid), "the worker ends")  # noqa: B023
+        states.append(type(result.result).__name__ if result.failed() else result.state)
+    assert states == ["WorkerLostError", "SUCCESS"]
+
+
+def test_a_lost_child_is_acknowledged_and_a_poisonous_task_comes_back_or_is_given_up(project, tmp_path):
+    stands("03c", "stores the failure `WorkerLostError`, and acknowledges the message")
+    stands("03c", "It would come back for ever.", "That counts the attempts and gives up after the last one")
+    risk(tmp_path, worker_lost_wait=0.5)
+    client = project.client()
+    project.worker(f"{RISKY} --concurrency=1 -n w@%h -Q q")
+    lost = client.send_task("late", args=(60,), queue="q")
+    until(lambda: lost.state == "STARTED", "the task starts")
+    os.kill(stats(client, "w")["pool"]["processes"][0], signal.SIGKILL)
+    until(lambda: lost.state == "FAILURE", "the main process stores the failure")
+    until(lambda: not project.broker.exists("q", "unacked"), "the message is acknowledged")
+    limited = client.send_task("limited", queue="q")
+    until(lambda: limited.state == "FAILURE", "Celery gives up")
+    assert type(limited.result).__name__ == "WorkerLostError" and project.log().count("began") == 1 + 3
+    client.send_task("poison", queue="q")
+    until(lambda: project.log().count("began") >= 1 + 3 + 4, "the task comes back again and again")
+
+
+def test_messages_taken_ahead_get_too_old_and_with_a_multiplier_of_1_they_do_not(project, tmp_path):
+    stands("03c", "Messages that a worker has taken ahead age as well while they wait for a free process.")
+    stands("03c", "(a waiting message is in `unacked` without `acks_late` as well)")
+    client, runs = project.client(), {}
+    for multiplier, task in ((1, "late"), (4, "late"), (4, "early")):
+        risk(
+            tmp_path,
+            broker_transport_options={"visibility_timeout": 3, **FAST},
+            worker_prefetch_multiplier=multiplier,
+        )
+        before = project.log().count("began")
+        project.worker(f"{RISKY} --concurrency=1 -n {task}{multiplier}@%h -Q q")
+        results = [client.send_task(task, args=(1.2,), queue="q") for _ in range(5)]
+        until(lambda: all(result.ready() for result in results), "all tasks are done")  # noqa: B023
+        until(lambda: not project.broker.exists("q", "unacked"), "no message is left")
+        runs[multiplier, task] = project.log().count("began") - before
+        pid = stats(client, f"{task}{multiplier}")["pid"]
+        client.control.shutdown()
+        until(lambda: not psutil.pid_exists(pid), "the worker has ended")  # noqa: B023
+    assert runs[1, "late"] == 5 < min(runs[4, "late"], runs[4, "early"]), runs
+
+
+def test_a_worker_with_a_short_timeout_puts_back_the_messages_of_the_others(project, tmp_path):
+    stands("03c", "a single worker with a short timeout puts back the messages of all others")
+    stands("03c", "is started once more each time the visibility timeout has passed")
+    risk(tmp_path)
+    project.worker(f"{RISKY} --pool=threads --concurrency=4 -n patient@%h -Q q")
+    result = project.client().send_task("late", args=(10,), queue="q")
+    until(lambda: result.state == "STARTED", "the task starts")
+    risk(tmp_path, broker_transport_options={"visibility_timeout": 1, **FAST})
+    project.worker(f"{RISKY} --pool=solo -n hasty@%h -Q other")
+    until(lambda: project.log().count("began") == 3, "the patient worker starts the task again, and again")
+    assert result.state == "STARTED"
+
+
+# --- 03d -----------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     "head, tasks",
     [
@@ -177,8 +509,8 @@ def test_solo_s_banner_has_the_number_of_processors_and_a_discarded_message_is_g
     ],
 )
 def test_three_ways_to_a_second_module(project, tmp_path, head, tasks):
-    stands("03", '| the setting `app.conf.imports = ["stock"]` | exactly these modules | the same |')
-    stands("03", "the package `store` and its module `store.tasks`")
+    stands("03d", '| the setting `app.conf.imports = ["stock"]` | exactly these modules | the same |')
+    stands("03d", "the package `store` and its module `store.tasks`")
     shop(tmp_path, head)
     tmp_path.joinpath("store").mkdir()
     for module in ("stock.py", "store/tasks.py", "store/video.py"):
@@ -188,8 +520,8 @@ def test_three_ways_to_a_second_module(project, tmp_path, head, tasks):
 
 
 def test_a_missing_package_and_a_bare_celery_stop_a_worker_that_discovers_tasks(project, tmp_path):
-    stands("03", "with no package `store`, the worker doesn't start")
-    stands("03", "The bare command `celery` looks for the app and for the modules in `include` in the current folder")
+    stands("03d", "with no package `store`, the worker doesn't start")
+    stands("03d", "The bare command `celery` looks for the app and for the modules in `include` in the current folder")
     shop(tmp_path, 'app = Celery("shop")\napp.autodiscover_tasks(["store"])')
     with pytest.raises(WrongAnswer, match="ended before it was ready: ModuleNotFoundError: No module named 'store'"):
         project.worker(f"python -m celery -A shop worker {QUIET}")
@@ -203,7 +535,7 @@ def test_a_missing_package_and_a_bare_celery_stop_a_worker_that_discovers_tasks(
     "head", ['app = Celery("shop", include=["stok"])', 'app = Celery("shop")\napp.conf.imports = ["stok"]']
 )
 def test_a_worker_doesn_t_start_with_an_unknown_module(project, tmp_path, head):
-    stands("03", "exactly these modules | the worker doesn't start: `ModuleNotFoundError`")
+    stands("03d", "exactly these modules | the worker doesn't start: `ModuleNotFoundError`")
     shop(tmp_path, head)
     with pytest.raises(WrongAnswer, match="ended before it was ready: ModuleNotFoundError: No module named 'stok'"):
         project.worker(f"celery -A shop worker {QUIET}")
@@ -211,10 +543,10 @@ def test_a_worker_doesn_t_start_with_an_unknown_module(project, tmp_path, head):
 
 def test_a_wrong_value_stops_the_worker_without_naming_the_setting_or_is_taken(project, tmp_path):
     stands(
-        "03",
+        "03d",
         '`worker_prefetch_multiplier = "four"` stops the worker with a `ValueError` that doesn\'t name the setting',
     )
-    stands("03", '`task_time_limit = "3"`, a text, lets it start')
+    stands("03d", '`task_time_limit = "3"`, a text, lets it start')
     shop(tmp_path, 'app = Celery("shop")\napp.conf.worker_prefetch_multiplier = "four"')
     with pytest.raises(WrongAnswer, match="ready: ValueError: ") as error:
         project.worker(f"celery -A shop worker {QUIET}")
@@ -224,17 +556,14 @@ def test_a_wrong_value_stops_the_worker_without_naming_the_setting_or_is_taken(p
 
 
 def test_report_reads_the_file_and_inspect_conf_asks_the_worker(project, tmp_path):
-    stands("03", "`celery -A shop inspect conf` asks the running workers", "Neither of them marks a wrong name.")
-    stands("03", "it imports the app, and lists the settings in the file as it is now")
+    stands("03d", "`celery -A shop inspect conf` asks the running workers", "Neither of them marks a wrong name.")
+    stands("03d", "it imports the app, and lists the settings in the file as it is now")
     shop(tmp_path, 'app = Celery("shop")\napp.conf.task_time_limt = 3')
     project.worker(f"celery -A shop worker {QUIET}")
     shop(tmp_path, 'app = Celery("shop")\napp.conf.task_time_limt = 4')
     assert "\ntask_time_limt: 4\n" in project.run("celery -A shop report")
     assert '"task_time_limt": 3' in project.run("celery -A shop inspect conf")
     assert Celery(set_as_current=False).conf.task_time_limit is None
-
-
-# --- 03b -----------------------------------------------------------------------------------------------------
 
 
 # --- 04 ------------------------------------------------------------------------------------------------------
