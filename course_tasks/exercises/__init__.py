@@ -101,11 +101,19 @@ class Question:
 
 @dataclass(frozen=True)
 class Sent:
-    """A task that this process has sent, as it was asked for."""
+    """A task that this process has sent, as it was asked for.
+
+    Attributes:
+        task: its name.
+        args: its arguments by position.
+        kwargs: its arguments by name.
+        chain: the calls that come after it in its chain, the next one last, each as a dictionary.
+    """
 
     task: str
     args: tuple
     kwargs: dict[str, Any]
+    chain: tuple[dict, ...] = ()
 
 
 _sent: dict[str, Sent] = {}
@@ -114,7 +122,7 @@ _sent: dict[str, Sent] = {}
 @signals.before_task_publish.connect(weak=False)
 def _note_sent(sender: str, body: tuple, headers: dict, **_: Any) -> None:
     if "id" in headers:
-        _sent[headers["id"]] = Sent(sender, tuple(body[0]), dict(body[1]))
+        _sent[headers["id"]] = Sent(sender, tuple(body[0]), dict(body[1]), tuple(body[2].get("chain") or ()))
         if len(_sent) > KEPT:
             del _sent[next(iter(_sent))]
 

@@ -1,13 +1,16 @@
-"""The exercises of chapter 04."""
+"""The exercises and the quiz of chapter 04."""
 
 import base64
 import json
+import os
 from collections.abc import Callable
 
 from celery.signals import before_task_publish
 from kombu.exceptions import EncodeError
+from redis import Redis
 
-from course_tasks.exercises import Exercise, Question, WrongAnswer, called
+from course_tasks.exercises import Exercise, Question, WrongAnswer, called, sent
+from course_tasks.exercises.project import Project
 
 
 def _message(answer: dict) -> str | None:
@@ -17,34 +20,85 @@ def _message(answer: dict) -> str | None:
         return f"it calls {name!r}, and the worker knows the task as 'divide'."
     args, kwargs, _ = json.loads(base64.b64decode(answer["body"]))
     if args:
-        return f"{args} went in order, as args. By name means kwargs={{...}}."
-    if (x_and_y := {name: value for name, value in kwargs.items() if name in ("x", "y")}) != kwargs or len(kwargs) < 2:
-        return f"its arguments by name are {sorted(kwargs)}; the task asks for x and y, no more and no less."
-    return None if x_and_y == {"x": 1, "y": 4} else f"it was sent with {kwargs}. x is to be 1 and y is to be 4."
+        return f"{args} went by position, as args. By name means kwargs={{...}}."
+    if kwargs.keys() != {"x", "y"}:
+        return f"its arguments by name are {sorted(kwargs)}. The task takes x and y, no more and no less."
+    if kwargs != {"x": 1, "y": 4}:
+        return f"it was sent with {kwargs}, but x should be 1 and y should be 4."
+    if not sent(answer["headers"].get("id", "")):
+        return "no such task was sent from this notebook. Send it with client.send_task."
+    if (queue := answer["properties"].get("delivery_info", {}).get("routing_key")) != "look":
+        return f"it was sent to the queue {queue!r}. Send it to the queue 'look'."
+    with Redis.from_url(os.environ["CELERY_BROKER_URL"]) as broker:
+        waiting = [json.loads(text)["headers"]["id"] for text in broker.lrange("look", 0, -1)]
+    if answer["headers"]["id"] in waiting:
+        return "the message is still in the queue. Take it out, with broker.rpop for example."
+    return None
 
 
 def _joins_sets(answer: Callable) -> str | None:
-    sent = []
+    bodies = []
 
-    def note(sender=None, **_):
-        sent.append(sender)
+    def note(body=None, **_):
+        bodies.append(json.dumps(body[:2], default=str))
 
-    before_task_publish.connect(note)
-    try:
-        value = called(answer, {3, 1}, {2, 1}, case="for {3, 1} and {2, 1}, ")
-    except WrongAnswer as error:
-        if isinstance(error.__cause__, EncodeError):
-            return "JSON knows no sets. Make lists of them before you send."
-        raise
-    finally:
-        before_task_publish.disconnect(note)
-    if not sent:
-        return "no task was sent. The worker is to join them, with add."
-    if isinstance(value, list):
-        return f"it returned the list {value}. Make a set of what comes back."
-    if not isinstance(value, set):
-        return f"it returned {value!r}, which is no set. Wait for the result with get(timeout=10)."
-    return None if value == {1, 2, 3} else f"answer({{3, 1}}, {{2, 1}}) is {value}, and it should be {{1, 2, 3}}."
+    for one, other in (({3, 1}, {2, 1}), ({"a"}, {"b", "c"}), (set(), {50})):
+        bodies.clear()
+        before_task_publish.connect(note)
+        try:
+            value = called(answer, one, other, case=f"for {one} and {other}, ")
+        except WrongAnswer as error:
+            if isinstance(error.__cause__, EncodeError):
+                return "JSON knows no sets. Make lists of them before you send."
+            raise
+        finally:
+            before_task_publish.disconnect(note)
+        if not bodies:
+            return "no task was sent. The worker should join them, with add."
+        if missing := [item for item in one | other if json.dumps(item) not in "".join(bodies)]:
+            return f"{missing[0]!r} was not sent to the worker. Have the worker join the two sets, not your function."
+        if isinstance(value, list):
+            return f"it returned the list {value}. Make a set of what comes back."
+        if not isinstance(value, set | frozenset):
+            return f"it returned {value!r}, which is not a set. Wait for the result with get(timeout=10)."
+        if value != one | other:
+            return f"for {one} and {other} it returned {value}, and it should return {one | other}."
+    return None
+
+
+def _prices_work(folder: str) -> str | None:
+    with Project(folder) as project:
+        project.worker("celery -A prices worker --pool=solo --without-mingle --without-gossip")
+        said = project.run("python shop.py")
+        if "75" not in said:
+            return f"shop.py printed {said.strip()!r}, and 3 pieces for 25 each cost 75."
+        if "computing the price" not in project.log():
+            return "shop.py prints the right number, but no task has computed it. The worker should do that."
+    return None
+
+
+def _prices(task: str, body: str = "return amount * each") -> str:
+    return f"""%%writefile scratch/prices/prices.py
+from celery import Celery
+
+app = Celery("prices")
+
+
+{task}
+def price(amount, each):
+    print("computing the price")
+    {body}
+"""
+
+
+def _shop(*lines: str) -> str:
+    rest = "\n".join(lines)
+    return f"""%%writefile scratch/prices/shop.py
+from celery import Celery
+
+client = Celery()
+{rest}
+"""
 
 
 EXERCISES = {
@@ -52,20 +106,34 @@ EXERCISES = {
         kind=dict,
         judge=_message,
         wrong={
-            'client.send_task("divide", args=(1, 4), queue="look"); answer = json.loads(broker.lpop("look"))': (
-                "went in order, as args"
+            'client.send_task("divide", args=(1, 4), queue="look"); answer = json.loads(broker.rpop("look"))': (
+                "went by position, as args"
             ),
             'client.send_task("tasks.divide", kwargs={"x": 1, "y": 4}, queue="look")\n'
-            'answer = json.loads(broker.lpop("look"))': "it calls 'tasks.divide'",
+            'answer = json.loads(broker.rpop("look"))': "it calls 'tasks.divide'",
             'client.send_task("divide", kwargs={"x": 4, "y": 1}, queue="look")\n'
-            'answer = json.loads(broker.lpop("look"))': "x is to be 1",
+            'answer = json.loads(broker.rpop("look"))': "x should be 1",
             'client.send_task("divide", kwargs={"a": 1, "b": 4}, queue="look")\n'
-            'answer = json.loads(broker.lpop("look"))': "the task asks for x and y",
+            'answer = json.loads(broker.rpop("look"))': "The task takes x and y",
             'answer = {"x": 1, "y": 4}': "not the whole message",
-            'client.send_task("divide", kwargs={"x": 1, "y": 4}, queue="look"); answer = broker.lpop("look")': (
+            'client.send_task("divide", kwargs={"x": 1, "y": 4}, queue="look"); answer = broker.rpop("look")': (
                 "should be a dictionary"
             ),
+            'client.send_task("divide", kwargs={"x": 1, "y": 4}, queue="look")\n'
+            'answer = json.loads(broker.lindex("look", 0))': "still in the queue",
+            'broker.delete("look"); client.send_task("divide", kwargs={"x": 1, "y": 4}, queue="looks")\n'
+            'answer = json.loads(broker.rpop("looks"))': "the queue 'looks'",
+            'import base64\nbody = base64.b64encode(b\'[[], {"x": 1, "y": 4}, {}]\').decode()\n'
+            'answer = {"body": body, "headers": {"task": "divide", "id": "1"}, "properties": {}}': (
+                "no such task was sent"
+            ),
         },
+        right=(
+            'client.signature("divide", kwargs={"y": 4, "x": 1}, queue="look").delay()\n'
+            '[text] = broker.lrange("look", 0, -1)\nbroker.delete("look")\nanswer = json.loads(text)',
+            "from course_tasks.tasks import divide\n"
+            'divide.apply_async(kwargs=dict(x=1, y=4), queue="look")\nanswer = json.loads(broker.brpop("look")[1])',
+        ),
     ),
     "04-2": Exercise(
         kind=Callable,
@@ -78,9 +146,39 @@ EXERCISES = {
             'answer = lambda one, other: client.send_task("add", args=(list(one), list(other))).get(timeout=10)': (
                 "Make a set of what comes back"
             ),
-            'answer = lambda one, other: client.send_task("add", args=(list(one), list(other)))': "which is no set",
+            'answer = lambda one, other: client.send_task("add", args=(list(one), list(other)))': "which is not a set",
             "answer = lambda one: one": "your function raised TypeError",
+            'def answer(one, other):\n    client.send_task("add", args=(1, 1))\n    return one | other': (
+                "was not sent to the worker"
+            ),
+            'answer = lambda one, other: set(client.send_task("add", args=(list(one), [])).get(timeout=10))': (
+                "2 was not sent to the worker"
+            ),
         },
+        right=(
+            "answer = lambda *sets: frozenset(add.delay(*map(list, sets)).get(timeout=10))",
+            'def answer(one, other):\n    call = client.signature("add", kwargs={"x": [*one], "y": [*other]})\n'
+            "    return {*call.apply_async().get(timeout=10)}",
+        ),
+    ),
+    "04-3": Exercise(
+        kind=str,
+        judge=_prices_work,
+        project="scratch/prices",
+        wrong={
+            _shop(
+                'result = client.send_task("price", kwargs={"amount": 3, "each": 25})',
+                'print("The price is", result.get(timeout=6))',
+            ): "`python shop.py` ended with an error: celery.exceptions.TimeoutError",
+            _shop('print("The price is", 3 * 25)'): "no task has computed it",
+            _prices('@app.task(name="price")', "print(amount * each)"): "shop.py printed 'The price is None'",
+            _prices("@app.task"): "NotRegistered: 'price'",
+            _prices('@app.task(name="price", ignore_results=False, ignore_result=True)'): "The operation timed out",
+        },
+        right=(
+            _prices('@app.task(name="price", ignore_result=False)'),
+            _prices('@app.task(name="price")', "total = each * amount\n    return total"),
+        ),
     ),
 }
 

@@ -1,66 +1,98 @@
-"""The exercises of chapter 04b."""
+"""The exercises and the quiz of chapter 04b."""
+
+from collections.abc import Callable
 
 from celery.exceptions import NotRegistered, TimeoutError
-from celery.result import AsyncResult
+from celery.result import AsyncResult, ResultSet
 
-from course_tasks.exercises import Exercise, Question
+from course_tasks.exercises import Exercise, Question, called, sent
+from course_tasks.spans import FIELDS, at_once
 
 
-def _gathered(answer: object) -> str | None:
-    if isinstance(answer, AsyncResult) or hasattr(answer, "results"):
-        return "this is a receipt. Ask it for the results, with get(timeout=10, propagate=False)."
-    if not isinstance(answer, list | tuple):
-        return f"this is of type {type(answer).__name__}. Put the list of all four into answer."
-    if any(isinstance(value, AsyncResult) for value in answer):
-        return "these are receipts. Ask each for what came of it."
-    if any(isinstance(value, str) for value in answer):
-        return "there are texts in your list. Put the results themselves there, and the error itself."
-    if len(answer) != 4:
-        return f"your list has {len(answer)} values. There are four calls, and the one that failed has its place too."
-    if not any(isinstance(value, ZeroDivisionError) for value in answer):
-        return "no ZeroDivisionError is among them. 12 / 0 has to be in your list, as the error that it raises."
-    expected = [12, 6, ZeroDivisionError, 3]
-    if [ZeroDivisionError if isinstance(value, ZeroDivisionError) else value for value in answer] != expected:
-        return f"it is {answer!r}. In the order of the calls: 12 / 1, 12 / 2, 12 / 0, 12 / 4."
+def _gathered(answer: Callable) -> str | None:
+    given = [0.4, 0.3, "soon", 0.2]
+    value = called(answer, given, case=f"for {given}, ")
+    if isinstance(value, ResultSet):
+        return "it returned what the group returned. Ask that for the results, with get(timeout=10, propagate=False)."
+    if not isinstance(value, list | tuple):
+        return f"it returned {value!r}. It should return the list of all results."
+    if any(isinstance(each, AsyncResult) for each in value):
+        return "it returned receipts. Ask each of them for its result, with get(timeout=10, propagate=False)."
+    if len(value) != len(given):
+        return f"it returned {len(value)} values for {len(given)} arguments. A task that fails has its place too."
+    if not isinstance(value[2], Exception):
+        return f"the third task can't wait for 'soon', and in its place you have {value[2]!r}, not the exception."
+    spans = [each for each in value if isinstance(each, dict) and each.keys() >= FIELDS]
+    if [each["seconds"] for each in spans] != [0.4, 0.3, 0.2]:
+        return "these are not the results of the tasks in the order of the arguments."
+    if at_once(spans) < 2:  # type: ignore[arg-type]
+        return "the tasks ran one after the other, because you waited for each of them before you sent the next one."
     return None
 
 
 def _chained(answer: AsyncResult) -> str | None:
     try:
-        value = answer.get(timeout=2)
+        value = answer.get(timeout=5)
     except NotRegistered as error:
         return f"no worker knows a task called {error}. It is called 'add'."
     except TimeoutError:
-        return "nothing came back within 2 s. Is the worker running? Run its cell again."
+        return "nothing came back within 5 s. Is the worker running? Run its cell again."
     except Exception as error:
-        return f"it ended with {type(error).__name__}: {error}"
+        return f"it ended with {type(error).__name__}: {error}."
     if value != 10:
         return f"its result is {value!r}, and it should be 10."
-    links = 1
-    while answer.parent is not None:
-        answer, links = answer.parent, links + 1
-    if links == 1:
+    links = [answer]
+    while (before := links[-1].parent) is not None:
+        links.append(before)
+    if len(links) == 1 and not sent(answer.id):
+        return "this receipt doesn't know which calls came before it. Put what delay() returned into answer."
+    if len(links) == 1:
         return "its result is 10, but it has no parent: it is one call. Join three with |, and send the chain."
-    return None if links == 3 else f"its result is 10, by a chain of {links}. It is to have three links."
+    if len(links) != 3:
+        return f"its result is 10, by a chain of {len(links)} calls. It should be three calls."
+    first = sent(links[-1].id)
+    passed_on = first and all(call["task"] == "add" and not call["immutable"] for call in first.chain)
+    if first and not (first.task == "add" and passed_on):
+        return (
+            "its result is 10, but the calls don't pass their results on. Each call of add should use the one before."
+        )
+    return None
 
 
 EXERCISES = {
     "04b-1": Exercise(
-        kind=object,
+        kind=Callable,
         judge=_gathered,
         wrong={
-            'answer = group(client.signature("divide", args=(12, n)) for n in (1, 2, 0, 4)).delay()': (
-                "this is a receipt."
+            'answer = lambda given: group(client.signature("wait", args=(one,)) for one in given).delay()': (
+                "it returned what the group returned"
             ),
-            'answer = [client.send_task("divide", args=(12, n)) for n in (1, 2, 0, 4)]': "these are receipts",
-            'answer = [client.send_task("divide", args=(12, n)).get(timeout=10) for n in (1, 2, 4)]': "has 3 values",
-            'answer = [client.send_task("divide", args=(n, 12)).get(timeout=10) for n in (1, 2, 0, 4)]': (
-                "no ZeroDivisionError"
+            'answer = lambda given: [client.send_task("wait", args=(one,)) for one in given]': "it returned receipts",
+            'answer = lambda given: [client.send_task("wait", args=(one,)).get(timeout=10, propagate=False)'
+            " for one in given]": "ran one after the other",
+            "def answer(given):\n"
+            '    sent = [client.send_task("wait", args=(one,)) for one in given]\n'
+            "    return [result.get(timeout=10) for result in sent]": "your function raised TypeError",
+            "def answer(given):\n"
+            '    results = group(client.signature("wait", args=(one,)) for one in given).delay()\n'
+            "    return [record['result'] for _, record in results.iter_native(timeout=10, interval=0.1)]": (
+                "not the exception"
             ),
-            'calls = [client.send_task("divide", args=(12, n)) for n in (0, 1, 2, 4)]\n'
-            "answer = [call.get(timeout=10, propagate=False) for call in calls]": "In the order of the calls",
-            'answer = [12.0, 6.0, "ZeroDivisionError", 3.0]': "there are texts",
+            "def answer(given):\n"
+            '    sent = [client.send_task("wait", args=(one,)) for one in given if one != "soon"]\n'
+            "    return [result.get(timeout=10) for result in sent]": "3 values for 4 arguments",
+            "answer = lambda given: [{'seconds': one} for one in given]": "the third task can't wait",
         },
+        right=(
+            "def answer(given):\n"
+            '    sent = [client.send_task("wait", kwargs={"seconds": one}) for one in given]\n'
+            "    return tuple(result.get(timeout=10, propagate=False) for result in sent)",
+            "def answer(given):\n"
+            '    sent = {one: client.send_task("wait", args=(one,)) for one in given}\n'
+            "    for result in sent.values():\n"
+            "        result.wait(timeout=10, propagate=False)\n"
+            "    return [sent[one].result for one in given]",
+        ),
     ),
     "04b-2": Exercise(
         kind=AsyncResult,
@@ -68,7 +100,7 @@ EXERCISES = {
         wrong={
             'answer = client.send_task("add", args=(3 + 3, 4))': "it has no parent",
             'answer = (client.signature("add", args=(3, 3)) | client.signature("add", args=(4,))).delay()': (
-                "by a chain of 2"
+                "by a chain of 2 calls"
             ),
             'answer = (client.signature("add", args=(1, 2)) | client.signature("add", args=(3,))).delay()': (
                 "its result is 6"
@@ -76,8 +108,20 @@ EXERCISES = {
             'answer = (client.signature("add", args=(1, 2)) | client.signature("add", args=(3, 4))).delay()': (
                 "it ended with TypeError"
             ),
-            'answer = group(client.signature("add", args=(1, n)) for n in (2, 3, 4)).delay()': ("should be a receipt"),
+            'answer = group(client.signature("add", args=(1, n)) for n in (2, 3, 4)).delay()': "should be a receipt",
+            'calls = [client.signature("add", args=pair, immutable=True) for pair in ((1, 2), (3, 3), (6, 4))]\n'
+            "answer = (calls[0] | calls[1] | calls[2]).delay()": "don't pass their results on",
+            'chain = client.signature("add", args=(1, 2)) | client.signature("add", args=(3,))\n'
+            'answer = client.AsyncResult((chain | client.signature("add", args=(4,))).delay().id)': (
+                "doesn't know which calls came before it"
+            ),
         },
+        right=(
+            "from celery import chain\n\nfrom course_tasks.tasks import add\n\n"
+            "answer = chain(add.s(1, 2), add.s(3), add.s(4)).apply_async()",
+            'numbers = [client.signature("add", args=(n,)) for n in (2, 3, 4)]\n'
+            "answer = (numbers[0].clone(args=(1,)) | numbers[1] | numbers[2]).apply_async(countdown=0.1)",
+        ),
     ),
 }
 

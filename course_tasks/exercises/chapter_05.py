@@ -1,9 +1,13 @@
-"""The exercises of chapter 05."""
+"""The exercises and the quiz of chapter 05."""
 
+import time
 from collections.abc import Callable
 
+from celery.exceptions import TimeoutError
+
 from course_tasks.exercises import Exercise, Question, called, unfit_spans
-from course_tasks.spans import slots, speedup
+from course_tasks.exercises.project import Project
+from course_tasks.spans import at_once
 
 # What the task wait returns in each pool, and the pid of the worker's main process.
 SEEN = {
@@ -18,12 +22,10 @@ SEEN = {
 def _fast(answer: list) -> str | None:
     if reason := unfit_spans(answer, 8, 0.5):
         return reason
-    number, factor = len(slots(answer)), speedup(answer, delays=False)
-    if factor >= 4:
-        return None
-    if number < 4:
-        return f"they were {factor:.1f} times as fast, on {number} slot{'s' * (number > 1)}. Which pool has more slots?"
-    return f"they were {factor:.1f} times as fast, on {number} slots. Send all of them before you wait for one."
+    together = at_once(answer)
+    if together == 1:
+        return "they ran one by one: either the pool has one slot, or you waited for each before you sent the next one."
+    return None if together >= 4 else f"at most {together} of them ran at the same time. Which pool has more slots?"
 
 
 def _pool(answer: Callable) -> str | None:
@@ -39,6 +41,46 @@ def _pool(answer: Callable) -> str | None:
     return None
 
 
+NUMBERS = 60_000_000  # a second or two of work
+
+
+def _fetches_in_time(folder: str) -> str | None:
+    with Project(folder) as project:
+        project.worker("python start.py")
+        client = project.client()
+        for name, queue in (("thumbnail", "computing"), ("fetch", "waiting")):  # until all workers are ready
+            try:
+                client.send_task(name, args=(0,), queue=queue).get(timeout=20)
+            except TimeoutError:
+                return f"no worker has run a {name} from the queue {queue!r} within 20 s."
+        photos = [client.send_task("thumbnail", args=(NUMBERS,), queue="computing") for _ in range(8)]
+        deadline = time.monotonic() + 20
+        while project.log().count("Task thumbnail[") < 3 and time.monotonic() < deadline:  # one more has been received
+            time.sleep(0.02)
+        # several, because a worker that is free may take one while another worker stands still
+        for fetch in [client.send_task("fetch", args=(0.1,), queue="waiting") for _ in range(8)]:
+            fetch.get(timeout=60)
+        late = any(photo.ready() for photo in photos)
+        return "while thumbnails are computed, a fetch still has to wait." if late else None
+
+
+def _start(*workers: str) -> str:
+    """A cell that writes start.py, for workers with these options."""
+    lists = ",\n    ".join(
+        f'subprocess.Popen("{COMMAND} {options} -n w{number}@%h".split())' for number, options in enumerate(workers)
+    )
+    return f"""%%writefile scratch/photos/start.py
+import subprocess
+
+workers = [
+    {lists},
+]
+for worker in workers:
+    worker.wait()
+"""
+
+
+COMMAND = "celery -A photos worker --loglevel=INFO"
 RUN = 'answer = run_tasks(client, "{}", args=({},), count=8, queue="{}")'
 
 EXERCISES = {
@@ -46,14 +88,22 @@ EXERCISES = {
         kind=list,
         judge=_fast,
         wrong={
-            RUN.format("wait", 0.5, "solo"): "on 1 slot.",
-            RUN.format("wait", 0.5, "prefork"): "on 2 slots. Which",
+            RUN.format("wait", 0.5, "solo"): "they ran one by one",
+            RUN.format("wait", 0.5, "prefork"): "at most 2 of them",
             RUN.format("wait", 0.1, "gevent"): "8 tasks of [0.1] s",
-            RUN.format("compute", 0.5, "gevent"): "on 1 slot. Which pool has more",
+            "answer = []\n"
+            "for _ in range(8):\n"
+            '    answer += run_tasks(client, "wait", args=(0.5,), queue="threads")': "you waited for each",
             'answer = [client.send_task("wait", args=(0.5,), queue="gevent") for _ in range(8)]\n'
             "for result in answer:\n"
             "    result.get(timeout=60)": ("not what the tasks return"),
         },
+        right=(
+            'answer = [*run_tasks(client, "wait", (0.5,), 8, "threads")]',
+            "from celery import group\n\n"
+            'call = client.signature("wait", kwargs={"seconds": 0.5}, queue="eventlet")\n'
+            "answer = group([call] * 8).apply_async().get(timeout=20)",
+        ),
     ),
     "05-2": Exercise(
         kind=Callable,
@@ -69,6 +119,38 @@ EXERCISES = {
             "    return 'solo' if values[0]['thread'] == 'MainThread' else 'threads'": "That was gevent",
             "answer = 'prefork'": "should be a function",
         },
+        right=(
+            "from operator import itemgetter\n\n"
+            "def answer(main, spans):\n"
+            "    [pid], names = {*map(itemgetter('pid'), spans)}, ''.join(span['thread'] for span in spans)\n"
+            "    kinds = {'Pool': 'threads', 'Dummy': 'gevent', 'Green': 'eventlet', '': 'solo'}\n"
+            "    return next(kind for part, kind in kinds.items() if part in names) if pid == main else 'prefork'",
+            "class Pool:\n"
+            "    def __call__(self, main, spans):\n"
+            "        match spans[-1]['thread'].rstrip('-_0123456789'), spans[-1]['pid'] == main:\n"
+            "            case _, False:\n"
+            "                return 'prefork'\n"
+            "            case name, _:\n"
+            "                names = {'MainThread': 'solo', 'Dummy': 'gevent', 'GreenThread': 'eventlet'}\n"
+            "                return names.get(name, 'threads')\n"
+            "answer = Pool()",
+        ),
+    ),
+    "05-3": Exercise(
+        kind=str,
+        judge=_fetches_in_time,
+        project="scratch/photos",
+        wrong={
+            _start("--pool=gevent -c 100 -Q waiting,computing"): "a fetch still has to wait",
+            _start("--pool=prefork -c 2 -Q waiting,computing"): "still has to wait.",
+            _start("--pool=gevent -c 20 -Q waiting", "--pool=gevent -c 20 -Q computing,waiting"): "has to wait",
+            _start("--pool=gevent -c 20 -Q waiting"): "no worker has run a thumbnail",
+            _start("--pool=gevents -c 20 -Q waiting"): "ended before it was ready",
+        },
+        right=(
+            _start("--pool=solo -Q computing", "--pool=threads -c 5 -Q waiting"),
+            _start("--pool=gevent -c 20 -Q waiting", "--pool=gevent -c 20 -Q computing"),
+        ),
     ),
 }
 

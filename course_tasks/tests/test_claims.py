@@ -6,6 +6,7 @@ takes `project`: an empty folder with servers of its own (see exercises/project.
 
 import contextlib
 import inspect
+import json
 import os
 import re
 import signal
@@ -18,10 +19,13 @@ from types import SimpleNamespace
 import kombu
 import psutil
 import pytest
-from celery import Celery
+from amqp.basic_message import Message
+from celery import Celery, chord
 from celery.app.control import Inspect
+from celery.app.task import extract_exec_options
 from celery.app.utils import find_app
 from celery.bin.worker import worker as worker_command
+from celery.exceptions import TaskRevokedError
 from celery.result import AsyncResult
 from celery.utils.nodenames import default_nodename
 from celery.worker.heartbeat import Heart
@@ -33,6 +37,7 @@ from course_tasks import copies
 from course_tasks.classroom import free_port
 from course_tasks.exercises import WrongAnswer
 from course_tasks.exercises.project import Project
+from course_tasks.tasks import add
 from course_tasks.tests.plugin import cells, until
 
 
@@ -73,7 +78,7 @@ def test_get_waits_for_ever_if_it_is_not_told_how_long():
 # --- 03 ------------------------------------------------------------------------------------------------------
 
 
-def shop(folder: Path, head: str = 'app = Celery("shop")', module: str = "shop") -> None:
+def write_shop(folder: Path, head: str = 'app = Celery("shop")', module: str = "shop") -> None:
     """Write a small project: a module with an app and one task."""
     code = f"from celery import Celery\n\n{head}\n\n\n@app.task\ndef price():\n    return 9\n"
     folder.joinpath(f"{module}.py").write_text(code)
@@ -111,7 +116,7 @@ def test_mingle_asks_for_revoked_tasks_and_waits_a_second_and_gossip_hears_the_o
         "It waits a second for the answers",
         "with which workers listen to each other's signs of life",
     )
-    shop(tmp_path)
+    write_shop(tmp_path)
     project.worker("celery -A shop worker --pool=solo -n one@%h")
     project.client().control.revoke("a-revoked-task", reply=True, timeout=10, limit=1)
     project.worker("celery -A shop worker --pool=solo -n two@%h")
@@ -171,7 +176,7 @@ def test_which_variable_a_finds(tmp_path, monkeypatch):
 def test_solo_s_banner_has_the_number_of_processors_and_a_discarded_message_is_gone(project, tmp_path):
     stands("03", "the number of processors is Celery's default")
     stands("03", "*Discarded* means that the message is gone. No other worker will get it, even if one knows the task.")
-    shop(tmp_path)
+    write_shop(tmp_path)
     project.worker(f"celery -A shop worker {QUIET}")
     assert f"concurrency: {os.cpu_count()} (solo)" in project.log()
     project.client().send_task("unknown")
@@ -215,12 +220,12 @@ def bye():
 """
 
 
-def tasks(folder: Path, settings: str = "") -> None:
+def write_tasks(folder: Path, settings: str = "") -> None:
     """Write a module `tasks` with an app and a few tasks."""
     folder.joinpath("tasks.py").write_text(TASKS.format(settings=settings))
 
 
-def age(folder: Path) -> float:
+def heartbeat_age(folder: Path) -> float:
     """How many seconds ago the worker's last heartbeat was."""
     return time.time() - folder.joinpath("beats.txt").stat().st_mtime
 
@@ -236,7 +241,7 @@ def test_inspect_waits_a_second_and_a_worker_without_a_name_is_called_celery():
 
 def test_twins_make_celery_warn(project, tmp_path):
     stands("03b", "It also prints a `DuplicateNodenameWarning`")
-    tasks(tmp_path)
+    write_tasks(tmp_path)
     for _ in range(2):
         project.worker(f"celery -A tasks worker {QUIET}")
     said = project.run("celery -A tasks status --timeout 3")
@@ -245,7 +250,7 @@ def test_twins_make_celery_warn(project, tmp_path):
 
 def test_at_warning_a_worker_writes_only_about_tasks_that_fail(project, tmp_path):
     stands("03b", "It would have written only if a task had failed.")
-    tasks(tmp_path)
+    write_tasks(tmp_path)
     for name, args in (("nap", (0,)), ("fail", ()), ("bye", ())):
         project.client().send_task(name, args=args)
     said = project.run(f"celery -A tasks worker --loglevel=WARNING {QUIET}").partition("key=celery")[2]
@@ -256,7 +261,7 @@ def test_active_reserved_and_scheduled(project, tmp_path):
     stands("03b", "| `active()` | the tasks that it is running now |")
     stands("03b", "| `reserved()` | the tasks that it has taken and not started yet |")
     stands("03b", "| `scheduled()` | the tasks that it has taken and that have to wait for their time |")
-    tasks(tmp_path)
+    write_tasks(tmp_path)
     project.worker(f"celery -A tasks worker {QUIET} --pool=threads --concurrency=1")
     client = project.client()
     ids = [client.send_task("nap", args=(n,), countdown=wait).id for n, wait in ((4, None), (0, None), (0, 60))]
@@ -277,32 +282,32 @@ def test_active_reserved_and_scheduled(project, tmp_path):
 
 def test_a_solo_worker_sends_no_heartbeat_while_it_runs_a_task(project, tmp_path):
     stands("03b", "a `solo` worker doesn't send heartbeats while it runs a task")
-    tasks(tmp_path)
+    write_tasks(tmp_path)
     project.worker(f"celery -A tasks worker {QUIET}")
     until(lambda: tmp_path.joinpath("beats.txt").exists(), "the first heartbeat")
     result = project.client().send_task("nap", args=(5,))
     until(lambda: result.state == "STARTED", "the task starts")
-    until(lambda: age(tmp_path) > 4, "the heartbeats are old")
+    until(lambda: heartbeat_age(tmp_path) > 4, "the heartbeats are old")
     assert result.state == "STARTED"
-    until(lambda: age(tmp_path) < 1, "the heartbeats go on")
+    until(lambda: heartbeat_age(tmp_path) < 1, "the heartbeats go on")
 
 
 def test_without_a_broker_there_is_no_heartbeat(project, tmp_path):
     stands("03b", "without a broker there is no heartbeat either")
-    tasks(tmp_path)
+    write_tasks(tmp_path)
     project.worker(f"celery -A tasks worker {QUIET}")
     until(lambda: tmp_path.joinpath("beats.txt").exists(), "the first heartbeat")
     project.broker.shutdown(nosave=True)
-    until(lambda: age(tmp_path) > 5, "the heartbeats are old")
+    until(lambda: heartbeat_age(tmp_path) > 5, "the heartbeats are old")
     assert "Connection to broker lost" in project.log()
 
 
 def test_no_remote_control_means_no_answers_and_no_orders(project, tmp_path):
     stands("03b", "Workers with the setting `worker_enable_remote_control = False` obey no orders")
     stands("03b", "`celery -A course_tasks control shutdown` does the same in a terminal")
-    tasks(tmp_path, "app.conf.worker_enable_remote_control = False")
+    write_tasks(tmp_path, "app.conf.worker_enable_remote_control = False")
     project.worker(f"celery -A tasks worker {QUIET} -n deaf@%h")
-    tasks(tmp_path)
+    write_tasks(tmp_path)
     project.worker(f"celery -A tasks worker {QUIET} -n hears@%h -Q other")
     with contextlib.suppress(WrongAnswer):  # nobody answers such an order, which the program takes for an error
         project.run("celery -A tasks control --timeout 1 shutdown")
@@ -361,12 +366,12 @@ RISKY = "python -m celery -A risk worker --without-mingle --without-gossip"
 FAST = {"unacked_restore_interval": 1, "unacked_restore_throttle": 1}
 
 
-def risk(folder: Path, **settings) -> None:
+def write_risk(folder: Path, **settings) -> None:
     """Write a module `risk` with an app and tasks that don't survive everything."""
     folder.joinpath("risk.py").write_text(RISK.format(settings=settings))
 
 
-def stats(client: Celery, name: str) -> dict:
+def node_stats(client: Celery, name: str) -> dict:
     """What a worker says about itself."""
     node = f"{name}@{socket.gethostname()}"
     return until(lambda: client.control.inspect([node], timeout=5, limit=1).stats(), f"{name} answers")[node]
@@ -397,11 +402,11 @@ def test_how_each_pool_stops(project, tmp_path, row, sent, task):
     text = "\n".join(cell.source for cell in cells(copies.chapters()["03c"], "markdown"))
     pools = re.search(r"(?m)^\| \| (prefork .*) \|$", text)[1].split(" | ")
     said = re.search(rf"(?m)^\| {re.escape(row)} \| (.*) \|$", text)[1].split(" | ")
-    risk(tmp_path)
+    write_risk(tmp_path)
     client, pids, results = project.client(), {}, {}
     for pool in pools:
         project.worker(f"{RISKY} --pool={pool} --concurrency=1 -n {pool}@%h -Q {pool}")
-        pids[pool] = stats(client, pool)["pid"]
+        pids[pool] = node_stats(client, pool)["pid"]
     for pool in pools:
         results[pool] = [client.send_task(task, args=(3,), queue=pool) for _ in range(3)]
         until(lambda: results[pool][0].state == "STARTED", f"{pool} starts the first task")  # noqa: B023
@@ -414,12 +419,12 @@ def test_how_each_pool_stops(project, tmp_path, row, sent, task):
 def test_sigquit_is_a_cold_stop_and_a_soft_timeout_makes_no_difference_to_sigterm(project, tmp_path):
     stands("03c", "The signal SIGQUIT asks for it directly.")
     stands("03c", "It makes no difference to SIGTERM, which waits for ever anyway.")
-    risk(tmp_path, worker_soft_shutdown_timeout=0.5)
+    write_risk(tmp_path, worker_soft_shutdown_timeout=0.5)
     client = project.client()
     for number in (1, 2):
         project.worker(f"{RISKY} --concurrency=1 -n w{number}@%h -Q q{number}")
         result = client.send_task("early", args=({1: 2, 2: 60}[number],), queue=f"q{number}")
-        pid = stats(client, f"w{number}")["pid"]
+        pid = node_stats(client, f"w{number}")["pid"]
         until(lambda: result.state == "STARTED", "the task starts")  # noqa: B023
         os.kill(pid, {1: signal.SIGTERM, 2: signal.SIGQUIT}[number])
         until(lambda: not psutil.pid_exists(pid), "the worker ends")  # noqa: B023
@@ -430,12 +435,12 @@ def test_sigquit_is_a_cold_stop_and_a_soft_timeout_makes_no_difference_to_sigter
 def test_sigterm_to_all_processes_ends_the_running_task_and_sigint_does_not(project, tmp_path):
     stands("03c", "so also to prefork's children, and these drop their tasks at once")
     stands("03c", "(Ctrl-C reaches the children as well, but they ignore SIGINT.)")
-    risk(tmp_path)
+    write_risk(tmp_path)
     client = project.client()
     states = []
     for name in ("SIGTERM", "SIGINT"):
         project.worker(f"{RISKY} --concurrency=1 -n {name}@%h -Q {name}")
-        pid = stats(client, name)["pid"]
+        pid = node_stats(client, name)["pid"]
         result = client.send_task("late", args=(2,), queue=name)
         until(lambda: result.state == "STARTED", "the task starts")  # noqa: B023
         os.killpg(pid, getattr(signal, name))
@@ -447,12 +452,12 @@ def test_sigterm_to_all_processes_ends_the_running_task_and_sigint_does_not(proj
 def test_a_lost_child_is_acknowledged_and_a_poisonous_task_comes_back_or_is_given_up(project, tmp_path):
     stands("03c", "stores the failure `WorkerLostError`, and acknowledges the message")
     stands("03c", "It would come back for ever.", "That counts the attempts and gives up after the last one")
-    risk(tmp_path, worker_lost_wait=0.5)
+    write_risk(tmp_path, worker_lost_wait=0.5)
     client = project.client()
     project.worker(f"{RISKY} --concurrency=1 -n w@%h -Q q")
     lost = client.send_task("late", args=(60,), queue="q")
     until(lambda: lost.state == "STARTED", "the task starts")
-    os.kill(stats(client, "w")["pool"]["processes"][0], signal.SIGKILL)
+    os.kill(node_stats(client, "w")["pool"]["processes"][0], signal.SIGKILL)
     until(lambda: lost.state == "FAILURE", "the main process stores the failure")
     until(lambda: not project.broker.exists("q", "unacked"), "the message is acknowledged")
     limited = client.send_task("limited", queue="q")
@@ -467,7 +472,7 @@ def test_messages_taken_ahead_get_too_old_and_with_a_multiplier_of_1_they_do_not
     stands("03c", "(a waiting message is in `unacked` without `acks_late` as well)")
     client, runs = project.client(), {}
     for multiplier, task in ((1, "late"), (4, "late"), (4, "early")):
-        risk(
+        write_risk(
             tmp_path,
             broker_transport_options={"visibility_timeout": 3, **FAST},
             worker_prefetch_multiplier=multiplier,
@@ -478,7 +483,7 @@ def test_messages_taken_ahead_get_too_old_and_with_a_multiplier_of_1_they_do_not
         until(lambda: all(result.ready() for result in results), "all tasks are done")  # noqa: B023
         until(lambda: not project.broker.exists("q", "unacked"), "no message is left")
         runs[multiplier, task] = project.log().count("began") - before
-        pid = stats(client, f"{task}{multiplier}")["pid"]
+        pid = node_stats(client, f"{task}{multiplier}")["pid"]
         client.control.shutdown()
         until(lambda: not psutil.pid_exists(pid), "the worker has ended")  # noqa: B023
     assert runs[1, "late"] == 5 < min(runs[4, "late"], runs[4, "early"]), runs
@@ -487,11 +492,11 @@ def test_messages_taken_ahead_get_too_old_and_with_a_multiplier_of_1_they_do_not
 def test_a_worker_with_a_short_timeout_puts_back_the_messages_of_the_others(project, tmp_path):
     stands("03c", "a single worker with a short timeout puts back the messages of all others")
     stands("03c", "is started once more each time the visibility timeout has passed")
-    risk(tmp_path)
+    write_risk(tmp_path)
     project.worker(f"{RISKY} --pool=threads --concurrency=4 -n patient@%h -Q q")
     result = project.client().send_task("late", args=(10,), queue="q")
     until(lambda: result.state == "STARTED", "the task starts")
-    risk(tmp_path, broker_transport_options={"visibility_timeout": 1, **FAST})
+    write_risk(tmp_path, broker_transport_options={"visibility_timeout": 1, **FAST})
     project.worker(f"{RISKY} --pool=solo -n hasty@%h -Q other")
     until(lambda: project.log().count("began") == 3, "the patient worker starts the task again, and again")
     assert result.state == "STARTED"
@@ -511,7 +516,7 @@ def test_a_worker_with_a_short_timeout_puts_back_the_messages_of_the_others(proj
 def test_three_ways_to_a_second_module(project, tmp_path, head, tasks):
     stands("03d", '| the setting `app.conf.imports = ["stock"]` | exactly these modules | the same |')
     stands("03d", "the package `store` and its module `store.tasks`")
-    shop(tmp_path, head)
+    write_shop(tmp_path, head)
     tmp_path.joinpath("store").mkdir()
     for module in ("stock.py", "store/tasks.py", "store/video.py"):
         tmp_path.joinpath(module).write_text("from shop import app\n\n\n@app.task\ndef count():\n    return 3\n")
@@ -522,7 +527,7 @@ def test_three_ways_to_a_second_module(project, tmp_path, head, tasks):
 def test_a_missing_package_and_a_bare_celery_stop_a_worker_that_discovers_tasks(project, tmp_path):
     stands("03d", "with no package `store`, the worker doesn't start")
     stands("03d", "The bare command `celery` looks for the app and for the modules in `include` in the current folder")
-    shop(tmp_path, 'app = Celery("shop")\napp.autodiscover_tasks(["store"])')
+    write_shop(tmp_path, 'app = Celery("shop")\napp.autodiscover_tasks(["store"])')
     with pytest.raises(WrongAnswer, match="ended before it was ready: ModuleNotFoundError: No module named 'store'"):
         project.worker(f"python -m celery -A shop worker {QUIET}")
     tmp_path.joinpath("store").mkdir()
@@ -536,7 +541,7 @@ def test_a_missing_package_and_a_bare_celery_stop_a_worker_that_discovers_tasks(
 )
 def test_a_worker_doesn_t_start_with_an_unknown_module(project, tmp_path, head):
     stands("03d", "exactly these modules | the worker doesn't start: `ModuleNotFoundError`")
-    shop(tmp_path, head)
+    write_shop(tmp_path, head)
     with pytest.raises(WrongAnswer, match="ended before it was ready: ModuleNotFoundError: No module named 'stok'"):
         project.worker(f"celery -A shop worker {QUIET}")
 
@@ -547,20 +552,20 @@ def test_a_wrong_value_stops_the_worker_without_naming_the_setting_or_is_taken(p
         '`worker_prefetch_multiplier = "four"` stops the worker with a `ValueError` that doesn\'t name the setting',
     )
     stands("03d", '`task_time_limit = "3"`, a text, lets it start')
-    shop(tmp_path, 'app = Celery("shop")\napp.conf.worker_prefetch_multiplier = "four"')
+    write_shop(tmp_path, 'app = Celery("shop")\napp.conf.worker_prefetch_multiplier = "four"')
     with pytest.raises(WrongAnswer, match="ready: ValueError: ") as error:
         project.worker(f"celery -A shop worker {QUIET}")
     assert "worker_prefetch_multiplier" not in str(error.value)
-    shop(tmp_path, 'app = Celery("shop")\napp.conf.task_time_limit = "3"')
+    write_shop(tmp_path, 'app = Celery("shop")\napp.conf.task_time_limit = "3"')
     project.worker(f"celery -A shop worker {QUIET}")
 
 
 def test_report_reads_the_file_and_inspect_conf_asks_the_worker(project, tmp_path):
     stands("03d", "`celery -A shop inspect conf` asks the running workers", "Neither of them marks a wrong name.")
     stands("03d", "it imports the app, and lists the settings in the file as it is now")
-    shop(tmp_path, 'app = Celery("shop")\napp.conf.task_time_limt = 3')
+    write_shop(tmp_path, 'app = Celery("shop")\napp.conf.task_time_limt = 3')
     project.worker(f"celery -A shop worker {QUIET}")
-    shop(tmp_path, 'app = Celery("shop")\napp.conf.task_time_limt = 4')
+    write_shop(tmp_path, 'app = Celery("shop")\napp.conf.task_time_limt = 4')
     assert "\ntask_time_limt: 4\n" in project.run("celery -A shop report")
     assert '"task_time_limt": 3' in project.run("celery -A shop inspect conf")
     assert Celery(set_as_current=False).conf.task_time_limit is None
@@ -568,8 +573,116 @@ def test_report_reads_the_file_and_inspect_conf_asks_the_worker(project, tmp_pat
 
 # --- 04 ------------------------------------------------------------------------------------------------------
 
+REPORT = """
+from celery import Celery
+app = Celery("reports")
+@app.task(name="report", queue="reports", expires=60, time_limit=30, ignore_result=True)
+def report(year):
+    return year
+"""
+
+
+def test_what_a_decorator_says_is_read_where_the_row_says(project):
+    stands(
+        "04",
+        "| `queue`, `priority`, `expires`, `time_limit`, `soft_time_limit`, `serializer` | the program that **sends**,",
+        "| `acks_late`, `max_retries`, `autoretry_for`, `rate_limit`, `track_started` | the **worker**",
+        'without our `queue="look"` it would have gone to the queue `celery`',
+    )
+    project.client().send_task("report", args=(1,))
+    [message] = [json.loads(text) for text in project.broker.lrange("celery", 0, -1)]
+    sender = {"queue", "priority", "expires", "time_limit", "soft_time_limit", "serializer"}
+    worker = {"acks_late", "max_retries", "autoretry_for", "rate_limit", "track_started"}
+    travels = extract_exec_options(add).keys()  # what `delay` and `apply_async` take from the task
+    assert sender <= travels and not worker & travels
+    assert not {name for name in worker if f'"{name}"' in json.dumps(message)}
+
+
+def test_what_counts_is_whether_the_sender_has_the_code(project):
+    stands("04", "If its app knows the task, `send_task` uses these options too, except for `ignore_result`.")
+    (project.folder / "reports.py").write_text(REPORT)
+    project.run("python -c 'from reports import app, report; report.delay(1); app.send_task(\"report\", args=(2,))'")
+    by_name, with_code = [json.loads(text)["headers"] for text in project.broker.lrange("reports", 0, -1)]
+    assert by_name["expires"] and by_name["timelimit"] == with_code["timelimit"] == [30, None]
+    assert (by_name["ignore_result"], with_code["ignore_result"]) == (None, True)
+
+
+def test_rabbitmq_drops_properties_that_it_does_not_know():
+    stands("04", "(RabbitMQ drops properties that it does not know.)")
+    # what py-amqp, the client for RabbitMQ, puts on the wire
+    assert (
+        Message("", apply_async=True, priority=1)._serialize_properties()
+        == Message("", priority=1)._serialize_properties()
+    )
+
+
+def test_a_name_that_is_unknown_is_found_by_the_worker_and_a_missing_argument_too(project):
+    stands(
+        "04",
+        '`client.send_task("add", args=(4,))` would not complain. The worker would then raise the same `TypeError`',
+    )
+    (project.folder / "reports.py").write_text(REPORT.replace(", ignore_result=True", ""))
+    project.worker("celery -A reports worker --pool=solo --without-mingle -Q reports")
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        project.client().send_task("report", queue="reports").get(timeout=20)
+
 
 # --- 04b -----------------------------------------------------------------------------------------------------
+
+BUSY = """
+import time
+from celery import Celery
+app = Celery("busy")
+@app.task(name="sleep")
+def sleep(seconds):
+    time.sleep(seconds)
+"""
+
+
+@pytest.mark.parametrize(
+    "pool, looks_again", [("prefork", True), ("solo", True), ("threads", False), ("gevent", False)]
+)
+def test_when_a_worker_looks_at_expires(project, pool, looks_again):
+    stands(
+        "04b",
+        "| prefork, solo | when it takes the message, and again before the task starts |",
+        "| threads, gevent | only when it takes the message |",
+    )
+    (project.folder / "busy.py").write_text(BUSY)
+    project.worker(f"celery -A busy worker --pool={pool} -c 1 --without-mingle --without-gossip")
+    client = project.client()
+    client.send_task("sleep", args=(1.5,))
+    late = client.send_task("sleep", args=(0,), expires=0.5)  # taken at once, for it is prefetched
+    if looks_again:
+        with pytest.raises(TaskRevokedError):
+            late.get(timeout=20)
+    else:
+        assert late.get(timeout=20) is None
+
+
+def test_how_long_and_how_many_a_worker_holds_by_default():
+    stands("04b", "by default without a limit", "That timeout is one hour by default.")
+    assert Celery(set_as_current=False).conf.worker_eta_task_limit is None
+    assert Channel.visibility_timeout == 3600
+
+
+def test_expires_is_told_to_rabbitmq(project):
+    stands("04b", "Celery also writes the time into a property that RabbitMQ understands")
+    project.client().send_task("sleep", args=(0,), expires=5)
+    [message] = [json.loads(text) for text in project.broker.lrange("celery", 0, -1)]
+    assert "expiration" in dict(Message.PROPERTIES)
+    assert 4000 < float(message["properties"]["expiration"]) <= 5000
+
+
+def test_a_chain_needs_no_backend_and_a_chord_does(project):
+    stands("04b", "A chain doesn't need a backend; a chord does, because the backend counts how many parts are done.")
+    client = project.client()
+    client.backend_cls = "disabled://"
+    part = client.signature("sleep", args=(0,), immutable=True)
+    (part | part).apply_async()
+    assert project.broker.llen("celery") == 1
+    with pytest.raises(NotImplementedError):
+        chord([part, part], part).apply_async()
 
 
 # --- 05 ------------------------------------------------------------------------------------------------------
