@@ -1,59 +1,168 @@
-"""The exercises of chapter 03b."""
+"""The exercises and the quiz of chapter 03b."""
 
-from celery.app.task import Task
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
 
-from course_tasks.exercises import Exercise, Question, called
+from celery import Celery
+from celery.exceptions import TimeoutError as ResultTimeout
 
+from course_tasks.exercises import Exercise, Question, WrongAnswer, called
 
-def _active(answer: list | dict) -> str | None:
-    if isinstance(answer, dict):
-        return "this is a dictionary, by the names of the nodes. Take the list of one node out of it."
-    if not answer:
-        return "the list is empty: the task had not begun yet, or was over. Ask while its state is STARTED."
-    if not all(isinstance(task, dict) and "name" in task for task in answer):
-        return "these are names of tasks that the worker knows. Ask active(), which is about tasks that run."
-    if "late" not in {task["name"] for task in answer}:
-        return f"these are not runs of late, but of {answer[0]['name']}."
-    machine = str(answer[0].get("hostname"))
-    return None if machine.startswith("late@") else f"this is the list of the worker {machine}, not of late."
+NODE = f"w1@{socket.gethostname()}"
+AWAY = "the worker w1 doesn't answer. Is it running, and idle? Run its cell again."
 
 
-def _late(answer: Task) -> str | None:
-    if answer.name != "bill":
-        return f"its name is {answer.name}: without name= Celery makes one from the module and the function."
-    if not answer.acks_late:
-        return "it is acknowledged before it runs, so a killed worker loses it."
-    if answer.ignore_result:
-        return "it stores no result. Leave ignore_result out."
-    value = called(answer, "Ada", case='for bill("Ada"), ')
-    return None if value == "Ada" else f'bill("Ada") returns {value!r}, and should return the customer.'
+def _ask(client: Celery, question: str) -> Any:
+    """What w1 answers."""
+    answers = getattr(client.control.inspect([NODE], timeout=5, limit=1), question)()
+    if not answers:
+        raise WrongAnswer(AWAY)
+    return answers[NODE]
 
 
-BILL = "app = Celery('billing')\n\n\n@app.task({})\ndef bill(customer):\n    {}\n\n\nanswer = bill"
+def _taken(answer: Callable) -> str | None:
+    client = Celery()
+    before = sum(_ask(client, "stats")["total"].values())
+    if (given := _number(answer)) != before:
+        return f"w1 has taken {before} tasks so far, but your function says {given!r}."
+    try:
+        for name, args in (("add", (1, 2)), ("add", (3, 4)), ("whereami", ())):
+            client.send_task(name, args=args).get(timeout=10)
+    except ResultTimeout:
+        return AWAY
+    if (given := _number(answer)) == before:
+        return f"w1 took three more tasks, and your function still returned {before}. Ask the worker on each call."
+    return None if given == before + 3 else f"w1 has taken {before + 3} tasks by now, but your function says {given!r}."
+
+
+def _number(answer: Callable) -> Any:
+    given = called(answer, "w1", case='for "w1", ')
+    if given is None:
+        raise WrongAnswer("it returned None. Does your function end with return?")
+    if isinstance(given, dict):
+        raise WrongAnswer("it returned a dictionary, with a number for each name of a task. Add these numbers up.")
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        raise WrongAnswer(f"it returned {given!r}, and it should return a whole number.")
+    return given
+
+
+def _wait_until_idle(client: Celery) -> None:
+    """A result is stored a moment before the worker's list of active tasks changes."""
+    deadline = time.monotonic() + 5
+    while _ask(client, "active"):
+        if time.monotonic() > deadline:
+            raise WrongAnswer("the worker w1 is busy with a task of yours. Wait until it is done.")
+
+
+def _running(answer: Callable) -> str | None:
+    client = Celery()
+    _wait_until_idle(client)
+    first, second = (client.send_task("add_long", args=(1, 2, seconds)) for seconds in (1.5, 0))
+    deadline = time.monotonic() + 10
+    while first.state != "STARTED":
+        if time.monotonic() > deadline:
+            return AWAY
+    given = called(answer, "w1", case="for a busy worker, ")
+    ended = first.state != "STARTED"
+    first.get(timeout=10), second.get(timeout=10)
+    if ended and given == []:
+        return "your function took longer than the task that was running. Give limit=1, so that it doesn't wait."
+    if given is None:
+        return "it returned None while w1 was running a task. None is for a worker that doesn't answer."
+    if isinstance(given, dict) or not isinstance(given, list | tuple | set | frozenset):
+        return f"it returned {_brief(given)}, and it should return a list of ids."
+    if any(isinstance(task, dict) for task in given):
+        return "the list contains whole dictionaries. Take the id out of each of them."
+    if second.id in given:
+        return "the list contains a task that w1 had only taken ahead. Ask for active, not for reserved."
+    if not given:
+        return "the list was empty while w1 was running a task."
+    if list(given) != [first.id]:
+        return f"w1 was running the task {first.id}, and your function returned {_brief(given)}."
+    _wait_until_idle(client)
+    idle = called(answer, "w1", case="for an idle worker, ")
+    if idle is None or list(idle):
+        return f"w1 was running nothing, and your function returned {_brief(idle)}. It should return an empty list."
+    away = called(answer, "nobody", case="for a worker that doesn't exist, ")
+    if away is None:
+        return None
+    return f"for a worker that doesn't answer, it returned {_brief(away)}, and it should return None."
+
+
+def _brief(value: Any) -> str:
+    return text if len(text := repr(value)) < 80 else f"{text[:75]}..."
+
+
+RUNNING = """
+def running(name):
+    node = f"{{name}}@{{socket.gethostname()}}"
+    {body}
+
+
+answer = running
+"""
+
+
+def _function(*lines: str) -> str:
+    return RUNNING.format(body="\n    ".join(lines)).strip()
+
 
 EXERCISES = {
     "03b-1": Exercise(
-        kind=(list, dict),
-        judge=_active,
+        kind=Callable,
+        judge=_taken,
         wrong={
-            'answer = client.control.inspect([f"late@{socket.gethostname()}"], timeout=5, limit=1).active()': (
-                "Take the list of one node"
+            'answer = lambda name: ask_worker(client, name)["total"]': "Add these numbers up",
+            'answer = lambda name: len(ask_worker(client, name)["total"])': "but your function says",
+            'total = sum(ask_worker(client, "w1")["total"].values())\nanswer = lambda name: total': "on each call",
+            'def taken(name):\n    sum(ask_worker(client, name)["total"].values())\n\n\nanswer = taken': (
+                "it returned None. Does"
             ),
-            "node = f'late@{socket.gethostname()}'\n"
-            "answer = client.control.inspect([node], timeout=5, limit=1).active()[node]": "the list is empty",
-            "node = f'late@{socket.gethostname()}'\n"
-            "answer = client.control.inspect([node], timeout=5, limit=1).registered()[node]": "Ask active()",
+            'answer = sum(ask_worker(client, "w1")["total"].values())': "should be a function",
+            'answer = lambda name: "%s" % sum(ask_worker(client, name)["total"].values())': "return a whole number",
         },
+        right=(
+            "from collections import Counter\n"
+            'answer = lambda name: Counter(ask_worker(client, name, "stats")["total"]).total()',
+            "def taken(name):\n    node = f'{name}@{socket.gethostname()}'\n"
+            "    stats = client.control.inspect([node], timeout=5, limit=1).stats()\n    taken = 0\n"
+            "    for count in stats[node]['total'].values():\n        taken += count\n    return taken\n\n\n"
+            "answer = taken",
+        ),
     ),
     "03b-2": Exercise(
-        kind=Task,
-        judge=_late,
+        kind=Callable,
+        judge=_running,
         wrong={
-            BILL.format('name="bill"', "return customer"): "acknowledged before it runs",
-            BILL.format("acks_late=True", "return customer"): "without name=",
-            BILL.format('name="bill", acks_late=True', "pass"): "returns None",
-            "def bill(customer):\n    return customer\n\n\nanswer = bill": "should be a task",
+            _function("return [task['id'] for task in ask_worker(client, name, 'active', seconds=1)]"): (
+                "for a worker that doesn't exist, your function raised"
+            ),
+            _function("return (client.control.inspect([node], timeout=1, limit=1).active() or {}).get(node)"): (
+                "Take the id out"
+            ),
+            _function("return client.control.inspect([node], timeout=1, limit=1).active()"): "should return a list of",
+            _function(
+                "answers = client.control.inspect([node], timeout=1, limit=1).active() or {}",
+                "return [task['id'] for task in answers.get(node, [])]",
+            ): "it returned [], and it should return None",
+            _function(
+                "answers = client.control.inspect([node], timeout=1, limit=1).reserved()",
+                "return answers and [task['id'] for task in answers[node]]",
+            ): "taken ahead",
+            _function("return []"): "the list was empty while",
+            _function("return None"): "None is for a worker",
         },
+        right=(
+            "def ids(name):\n    try:\n"
+            "        return {task['id'] for task in ask_worker(client, name, 'active', seconds=1)}\n"
+            "    except Exception:\n        return None\n\n\nanswer = ids",
+            _function(
+                "for tasks in (client.control.inspect([node], timeout=1).active() or {}).values():",
+                "    return [task['id'] for task in tasks]",
+            ),
+        ),
     ),
 }
 
@@ -61,11 +170,9 @@ QUIZ = {
     "03b-1": Question(
         right="c",
         wrong={
-            "a": "a worker stores `STARTED` when it begins a task. A task that waits for a worker is `PENDING`.",
-            "b": "an expired record is gone, and the state would be `PENDING`.",
-            "d": (
-                "this happens to messages that are not acknowledged yet. By default, the message of a running task is."
-            ),
+            "a": "then the worker would answer, with an empty list.",
+            "b": "it may be dead, but a frozen worker, or a busy `solo` worker, doesn't answer either.",
+            "d": "if the broker is down, `inspect` raises an `OperationalError` after a few seconds.",
         },
     ),
     "03b-2": Question(
@@ -79,20 +186,17 @@ QUIZ = {
     "03b-3": Question(
         right="b",
         wrong={
-            "a": "a warm stop does wait for the running task, but here it gets only ten seconds.",
-            "c": (
-                "a worker gives back messages that it hasn't acknowledged. By default, a running task's message "
-                "isn't one of them."
-            ),
-            "d": "a process can't ignore SIGKILL, because the system itself ends the process.",
+            "a": "they would, if somebody left them alone. But the cluster asks them first.",
+            "c": "the probe doesn't know what a worker is doing. It only sees that no answer comes.",
+            "d": "a probe waits for its answer for seconds, not for minutes, and then it has failed.",
         },
     ),
     "03b-4": Question(
-        right="d",
+        right="b",
         wrong={
-            "a": "the message was not acknowledged yet, so the broker still has a copy of it.",
-            "b": "Celery doesn't know how far a function has come, so it can't go on in the middle of it.",
-            "c": "the first worker had no time to store a state, and the second one doesn't watch over the first.",
+            "a": "lines about tasks that went well have the level INFO, which is less important than WARNING.",
+            "c": "a failed task is written at the level ERROR, which is more important than WARNING.",
+            "d": "`received` is written at the level INFO, like `succeeded`.",
         },
     ),
 }

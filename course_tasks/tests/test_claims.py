@@ -5,31 +5,42 @@ takes `project`: an empty folder with servers of its own (see exercises/project.
 """
 
 import base64
+import contextlib
 import inspect
 import json
+import os
 import re
+import signal
 import socket
 import socketserver
 import subprocess
 import sys
 import threading
 import time
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
 import celery.backends
+import kombu
+import psutil
 import pytest
 from amqp.basic_message import Message
 from celery import Celery, chord, states
+from celery.app.control import Inspect
 from celery.app.task import extract_exec_options
+from celery.app.utils import find_app
 from celery.backends.base import Backend
 from celery.beat import Scheduler
+from celery.bin.worker import worker as worker_command
 from celery.events.state import State
 from celery.exceptions import NotRegistered, TaskRevokedError
 from celery.exceptions import TimeoutError as ResultTimeout
 from celery.result import AsyncResult
 from celery.schedules import crontab
+from celery.utils.nodenames import default_nodename
 from celery.utils.time import get_exponential_backoff_interval
+from celery.worker.heartbeat import Heart
 from kombu import Queue
 from kombu.exceptions import OperationalError
 from kombu.transport import pyamqp, virtual
@@ -583,7 +594,497 @@ def test_a_client_that_was_connected_hears_at_once_that_the_backend_is_gone(proj
 # --- 03 ------------------------------------------------------------------------------------------------------
 
 
+def write_shop(folder: Path, head: str = 'app = Celery("shop")', module: str = "shop") -> None:
+    """Write a small project: a module with an app and one task."""
+    code = f"from celery import Celery\n\n{head}\n\n\n@app.task\ndef price():\n    return 9\n"
+    folder.joinpath(f"{module}.py").write_text(code)
+
+
+QUIET = "--pool=solo --without-mingle --without-gossip"
+
+
+def test_the_worker_s_command_has_these_defaults():
+    stands(
+        "03",
+        "The default is `WARNING`, which is very little",
+        "it is the default",
+        "`celery` is the default",
+        "On the command line, `--include` (or `-I`) does what `include=` does",
+    )
+    options = {name: option for option in worker_command.params for name in option.opts}
+    assert options["--loglevel"].default == "WARNING"
+    assert Celery(set_as_current=False).conf.worker_pool == "prefork"
+    assert Celery(set_as_current=False).conf.task_default_queue == "celery"
+    assert options["--include"] is options["-I"]
+
+
+def test_the_banner_never_shows_a_password_nor_whether_there_is_one():
+    stands("03", "you see `:**` here whether there is one or not")
+    app = Celery(set_as_current=False)
+    shown = {app.connection(url).as_uri() for url in ("redis://localhost:1/0", "redis://:secret@localhost:1/0")}
+    assert shown == {"redis://:**@localhost:1/0"}
+
+
+def test_mingle_asks_for_revoked_tasks_and_waits_a_second_and_gossip_hears_the_others(project, tmp_path):
+    stands(
+        "03",
+        "asks the other workers at this broker what it has missed, for example which tasks have been revoked",
+        "It waits a second for the answers",
+        "with which workers listen to each other's signs of life",
+    )
+    write_shop(tmp_path)
+    project.worker("celery -A shop worker --pool=solo -n one@%h")
+    project.client().control.revoke("a-revoked-task", reply=True, timeout=10, limit=1)
+    project.worker("celery -A shop worker --pool=solo -n two@%h")
+    nodes = (project.client().control.inspect(timeout=10, limit=2).revoked() or {}).items()
+    assert {node.partition("@")[0]: tasks for node, tasks in nodes} == {
+        "one": ["a-revoked-task"],
+        "two": ["a-revoked-task"],
+    }
+    begin, end, *_ = re.findall(r"\[\S+ (\S+): INFO/MainProcess\] mingle: (?:searching|all alone)", project.log())
+    second = [datetime.strptime(time, "%H:%M:%S,%f") for time in (begin, end)]
+    assert 1 <= (second[1] - second[0]).seconds < 3
+    until(lambda: f"sync with two@{socket.gethostname()}" in project.log(), "one hears of two")
+
+
+def test_a_direct_exchange_passes_a_message_to_each_queue_with_exactly_its_key(pair):
+    stands("03", "passes a message on to each queue that is registered with exactly the message's **routing key**")
+    stands("03", "Celery gives exchange, key and queue the same name")
+    exchange = kombu.Exchange("claims", type="direct")
+    queues = [kombu.Queue(name, exchange, routing_key=key) for name, key in [("a", "k"), ("b", "k"), ("c", "kk")]]
+    with Celery(set_as_current=False).connection_for_write() as connection, Redis.from_url(pair.broker) as broker:
+        connection.Producer().publish(1, exchange=exchange, routing_key="k", declare=queues)
+        assert {name: broker.llen(name) for name in "abc"} == {"a": 1, "b": 1, "c": 0}
+    made = Celery(set_as_current=False).amqp.queues["mail"]
+    assert (made.name, made.exchange.name, made.routing_key) == ("mail", "mail", "mail")
+
+
+def test_which_variable_a_finds(tmp_path, monkeypatch):
+    stands(
+        "03",
+        "1. the variable `app` of the module;",
+        "2. its variable `celery`;",
+        "3. if the module is a package: the same steps in its module `celery`",
+        "4. the first variable that contains a Celery app, whatever it is called.",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    head = "from celery import Celery\n"
+    both = head + 'other = Celery("other")\nlast = Celery("last")\n'
+    named = both + 'celery = Celery("celery")\n'
+    for name, code in {"step1": named + 'app = Celery("app")\n', "step2": named, "step4": both}.items():
+        tmp_path.joinpath(f"{name}.py").write_text(code)
+    for name, code in {"step3": both, "step3first": named}.items():
+        tmp_path.joinpath(name).mkdir()
+        tmp_path.joinpath(name, "__init__.py").write_text(code)
+        tmp_path.joinpath(name, "celery.py").write_text(head + 'whatever = Celery("in the module celery")\n')
+    names = ("step1", "step2", "step3", "step4", "step4:last", "step4.last")
+    found = {name: find_app(name).main for name in names}
+    assert found == {
+        "step1": "app",
+        "step2": "celery",
+        "step3": "in the module celery",
+        "step4": "other",
+        "step4:last": "last",
+        "step4.last": "last",
+    }
+
+
+def test_solo_s_banner_has_the_number_of_processors_and_a_discarded_message_is_gone(project, tmp_path):
+    stands("03", "the number of processors is Celery's default")
+    stands("03", "*Discarded* means that the message is gone. No other worker will get it, even if one knows the task.")
+    write_shop(tmp_path)
+    project.worker(f"celery -A shop worker {QUIET}")
+    assert f"concurrency: {os.cpu_count()} (solo)" in project.log()
+    project.client().send_task("unknown")
+    until(lambda: "The message has been ignored and discarded." in project.log(), "the message is discarded")
+    until(lambda: not project.broker.exists("celery", "unacked"), "nothing of the message is left in the broker")
+
+
 # --- 03b -----------------------------------------------------------------------------------------------------
+
+
+TASKS = """
+import os
+import time
+from pathlib import Path
+
+from celery import Celery, signals
+
+app = Celery("tasks")
+app.conf.task_track_started = True
+{settings}
+
+
+@signals.heartbeat_sent.connect
+def touch(**_):
+    Path("beats.txt").touch()
+
+
+@app.task(name="nap")
+def nap(seconds):
+    time.sleep(seconds)
+
+
+@app.task(name="fail")
+def fail():
+    raise ValueError("on purpose")
+
+
+@app.task(name="bye")
+def bye():
+    app.control.shutdown()
+"""
+
+
+def write_tasks(folder: Path, settings: str = "") -> None:
+    """Write a module `tasks` with an app and a few tasks."""
+    folder.joinpath("tasks.py").write_text(TASKS.format(settings=settings))
+
+
+def heartbeat_age(folder: Path) -> float:
+    """How many seconds ago the worker's last heartbeat was."""
+    return time.time() - folder.joinpath("beats.txt").stat().st_mtime
+
+
+def test_inspect_waits_a_second_and_a_worker_without_a_name_is_called_celery():
+    stands("03b", "it always waits for the whole `timeout`, by default one second")
+    stands("03b", "Without `-n`, a worker is called `celery@` and the name of its machine")
+    stands("03b", "Every two seconds its main process sends a heartbeat")
+    assert inspect.signature(Inspect).parameters["timeout"].default == 1
+    assert default_nodename(None) == f"celery@{socket.gethostname()}"
+    assert Heart(None, eventer=SimpleNamespace(on_enabled=set(), on_disabled=set())).interval == 2
+
+
+def test_twins_make_celery_warn(project, tmp_path):
+    stands("03b", "It also prints a `DuplicateNodenameWarning`")
+    write_tasks(tmp_path)
+    for _ in range(2):
+        project.worker(f"celery -A tasks worker {QUIET}")
+    said = project.run("celery -A tasks status --timeout 3")
+    assert "DuplicateNodenameWarning" in said and "1 node online" in said
+
+
+def test_at_warning_a_worker_writes_only_about_tasks_that_fail(project, tmp_path):
+    stands("03b", "It would have written only if a task had failed.")
+    write_tasks(tmp_path)
+    for name, args in (("nap", (0,)), ("fail", ()), ("bye", ())):
+        project.client().send_task(name, args=args)
+    said = project.run(f"celery -A tasks worker --loglevel=WARNING {QUIET}").partition("key=celery")[2]
+    assert re.findall(r"Task (\w+)\[", said) == ["fail"]
+
+
+def test_active_reserved_and_scheduled(project, tmp_path):
+    stands("03b", "| `active()` | the tasks that it is running now |")
+    stands("03b", "| `reserved()` | the tasks that it has taken and not started yet |")
+    stands("03b", "| `scheduled()` | the tasks that it has taken and that have to wait for their time |")
+    write_tasks(tmp_path)
+    project.worker(f"celery -A tasks worker {QUIET} --pool=threads --concurrency=1")
+    client = project.client()
+    ids = [client.send_task("nap", args=(n,), countdown=wait).id for n, wait in ((4, None), (0, None), (0, 60))]
+    until(lambda: client.AsyncResult(ids[0]).state == "STARTED", "the first task starts")
+    until(lambda: not project.broker.llen("celery"), "the worker has taken all three")
+
+    def asked(question: str) -> list[str]:
+        [found] = (getattr(client.control.inspect(timeout=10, limit=1), question)() or {"": None}).values()
+        return [task.get("request", task)["id"] for task in found or ()]
+
+    until(lambda: asked("scheduled"), "the third task is there")
+    assert {question: asked(question) for question in ("active", "reserved", "scheduled")} == {
+        "active": ids[:1],
+        "reserved": ids[1:2],
+        "scheduled": ids[2:],
+    }
+
+
+def test_a_solo_worker_sends_no_heartbeat_while_it_runs_a_task(project, tmp_path):
+    stands("03b", "a `solo` worker doesn't send heartbeats while it runs a task")
+    write_tasks(tmp_path)
+    project.worker(f"celery -A tasks worker {QUIET}")
+    until(lambda: tmp_path.joinpath("beats.txt").exists(), "the first heartbeat")
+    result = project.client().send_task("nap", args=(5,))
+    until(lambda: result.state == "STARTED", "the task starts")
+    until(lambda: heartbeat_age(tmp_path) > 4, "the heartbeats are old")
+    assert result.state == "STARTED"
+    until(lambda: heartbeat_age(tmp_path) < 1, "the heartbeats go on")
+
+
+def test_without_a_broker_there_is_no_heartbeat(project, tmp_path):
+    stands("03b", "without a broker there is no heartbeat either")
+    write_tasks(tmp_path)
+    project.worker(f"celery -A tasks worker {QUIET}")
+    until(lambda: tmp_path.joinpath("beats.txt").exists(), "the first heartbeat")
+    project.broker.shutdown(nosave=True)
+    until(lambda: heartbeat_age(tmp_path) > 5, "the heartbeats are old")
+    assert "Connection to broker lost" in project.log()
+
+
+def test_no_remote_control_means_no_answers_and_no_orders(project, tmp_path):
+    stands("03b", "Workers with the setting `worker_enable_remote_control = False` obey no orders")
+    stands("03b", "`celery -A course_tasks control shutdown` does the same in a terminal")
+    write_tasks(tmp_path, "app.conf.worker_enable_remote_control = False")
+    project.worker(f"celery -A tasks worker {QUIET} -n deaf@%h")
+    write_tasks(tmp_path)
+    project.worker(f"celery -A tasks worker {QUIET} -n hears@%h -Q other")
+    with contextlib.suppress(WrongAnswer):  # nobody answers such an order, which the program takes for an error
+        project.run("celery -A tasks control --timeout 1 shutdown")
+    until(lambda: "Got shutdown from remote" in project.log(), "the other worker stops")
+    assert project.client().control.ping(timeout=1) == []
+    project.client().send_task("nap", args=(0,)).get(timeout=10)
+
+
+def test_a_program_that_cannot_reach_the_broker_gets_an_error_and_not_none():
+    stands("03b", "you get an `OperationalError` after a few seconds, and not `None`")
+    app = Celery(set_as_current=False)
+    app.conf.broker_read_url = app.conf.broker_write_url = f"redis://localhost:{free_port()}/0"
+    with pytest.raises(OperationalError):
+        app.control.inspect(timeout=1).ping()
+
+
+# --- 03c -----------------------------------------------------------------------------------------------------
+
+
+RISK = """
+import os
+import signal
+import time
+
+from celery import Celery
+
+app = Celery("risk")
+app.conf.task_track_started = True
+app.conf.update(settings := {settings})
+
+
+@app.task(name="early")
+def early(seconds):
+    print("began", flush=True)
+    time.sleep(seconds)
+
+
+@app.task(name="late", acks_late=True)
+def late(seconds):
+    print("began", flush=True)
+    time.sleep(seconds)
+
+
+@app.task(name="poison", acks_late=True, reject_on_worker_lost=True)
+def poison():
+    print("began", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@app.task(name="limited", retry_on_worker_lost=True, max_retries=2, default_retry_delay=0.1)
+def limited():
+    print("began", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+RISKY = "python -m celery -A risk worker --without-mingle --without-gossip"
+FAST = {"unacked_restore_interval": 1, "unacked_restore_throttle": 1}
+
+
+def write_risk(folder: Path, **settings) -> None:
+    """Write a module `risk` with an app and tasks that don't survive everything."""
+    folder.joinpath("risk.py").write_text(RISK.format(settings=settings))
+
+
+def node_stats(client: Celery, name: str) -> dict:
+    """What a worker says about itself."""
+    node = f"{name}@{socket.gethostname()}"
+    return until(lambda: client.control.inspect([node], timeout=5, limit=1).stats(), f"{name} answers")[node]
+
+
+def test_the_defaults_for_a_worker_s_end():
+    stands("03c", "By default the setting is 0, so there is no waiting.")
+    stands("03c", "That is an hour by default", "By default they look only every 100 seconds.")
+    stands("03c", "times `worker_prefetch_multiplier` (4 by default)")
+    defaults = Celery(set_as_current=False).conf
+    assert defaults.worker_soft_shutdown_timeout == 0
+    assert defaults.worker_prefetch_multiplier == 4
+    assert Channel.visibility_timeout == 3600
+    assert Channel.unacked_restore_interval * Channel.unacked_restore_throttle == 100
+    assert not defaults.task_acks_late and not defaults.task_reject_on_worker_lost
+
+
+@pytest.mark.parametrize(
+    "row, sent, task",
+    [
+        ("SIGTERM", "SIGTERM", "early"),
+        ("SIGQUIT, acknowledged early", "SIGQUIT", "early"),
+        ("SIGQUIT, `acks_late`", "SIGQUIT", "late"),
+    ],
+)
+def test_how_each_pool_stops(project, tmp_path, row, sent, task):
+    stands("03c", "Each worker had three tasks of three seconds and `--concurrency=1`")
+    text = "\n".join(cell.source for cell in cells(copies.chapters()["03c"], "markdown"))
+    pools = re.search(r"(?m)^\| \| (prefork .*) \|$", text)[1].split(" | ")
+    said = re.search(rf"(?m)^\| {re.escape(row)} \| (.*) \|$", text)[1].split(" | ")
+    write_risk(tmp_path)
+    client, pids, results = project.client(), {}, {}
+    for pool in pools:
+        project.worker(f"{RISKY} --pool={pool} --concurrency=1 -n {pool}@%h -Q {pool}")
+        pids[pool] = node_stats(client, pool)["pid"]
+    for pool in pools:
+        results[pool] = [client.send_task(task, args=(3,), queue=pool) for _ in range(3)]
+        until(lambda: results[pool][0].state == "STARTED", f"{pool} starts the first task")  # noqa: B023
+        os.kill(pids[pool], getattr(signal, sent))
+    until(lambda: not any(map(psutil.pid_exists, pids.values())), "all workers have ended")
+    done = {pool: sum(result.state == "SUCCESS" for result in results[pool]) for pool in pools}
+    assert [f"{done[pool]} done, {project.broker.llen(pool)} back" for pool in pools] == said
+
+
+def test_sigquit_is_a_cold_stop_and_a_soft_timeout_makes_no_difference_to_sigterm(project, tmp_path):
+    stands("03c", "The signal SIGQUIT asks for it directly.")
+    stands("03c", "It makes no difference to SIGTERM, which waits for ever anyway.")
+    write_risk(tmp_path, worker_soft_shutdown_timeout=0.5)
+    client = project.client()
+    for number in (1, 2):
+        project.worker(f"{RISKY} --concurrency=1 -n w{number}@%h -Q q{number}")
+        result = client.send_task("early", args=({1: 2, 2: 60}[number],), queue=f"q{number}")
+        pid = node_stats(client, f"w{number}")["pid"]
+        until(lambda: result.state == "STARTED", "the task starts")  # noqa: B023
+        os.kill(pid, {1: signal.SIGTERM, 2: signal.SIGQUIT}[number])
+        until(lambda: not psutil.pid_exists(pid), "the worker ends")  # noqa: B023
+        assert result.state == {1: "SUCCESS", 2: "RETRY"}[number]
+        assert ("Cold shutdown" in project.log()) == (number == 2)
+
+
+def test_sigterm_to_all_processes_ends_the_running_task_and_sigint_does_not(project, tmp_path):
+    stands("03c", "so also to prefork's children, and these drop their tasks at once")
+    stands("03c", "(Ctrl-C reaches the children as well, but they ignore SIGINT.)")
+    write_risk(tmp_path)
+    client = project.client()
+    states = []
+    for name in ("SIGTERM", "SIGINT"):
+        project.worker(f"{RISKY} --concurrency=1 -n {name}@%h -Q {name}")
+        pid = node_stats(client, name)["pid"]
+        result = client.send_task("late", args=(2,), queue=name)
+        until(lambda: result.state == "STARTED", "the task starts")  # noqa: B023
+        os.killpg(pid, getattr(signal, name))
+        until(lambda: not psutil.pid_exists(pid), "the worker ends")  # noqa: B023
+        states.append(type(result.result).__name__ if result.failed() else result.state)
+    assert states == ["WorkerLostError", "SUCCESS"]
+
+
+def test_a_lost_child_is_acknowledged_and_a_poisonous_task_comes_back_or_is_given_up(project, tmp_path):
+    stands("03c", "stores the failure `WorkerLostError`, and acknowledges the message")
+    stands("03c", "It would come back for ever.", "That counts the attempts and gives up after the last one")
+    write_risk(tmp_path, worker_lost_wait=0.5)
+    client = project.client()
+    project.worker(f"{RISKY} --concurrency=1 -n w@%h -Q q")
+    lost = client.send_task("late", args=(60,), queue="q")
+    until(lambda: lost.state == "STARTED", "the task starts")
+    os.kill(node_stats(client, "w")["pool"]["processes"][0], signal.SIGKILL)
+    until(lambda: lost.state == "FAILURE", "the main process stores the failure")
+    until(lambda: not project.broker.exists("q", "unacked"), "the message is acknowledged")
+    limited = client.send_task("limited", queue="q")
+    until(lambda: limited.state == "FAILURE", "Celery gives up")
+    assert type(limited.result).__name__ == "WorkerLostError" and project.log().count("began") == 1 + 3
+    client.send_task("poison", queue="q")
+    until(lambda: project.log().count("began") >= 1 + 3 + 4, "the task comes back again and again")
+
+
+def test_messages_taken_ahead_get_too_old_and_with_a_multiplier_of_1_they_do_not(project, tmp_path):
+    stands("03c", "Messages that a worker has taken ahead age as well while they wait for a free process.")
+    stands("03c", "(a waiting message is in `unacked` without `acks_late` as well)")
+    client, runs = project.client(), {}
+    for multiplier, task in ((1, "late"), (4, "late"), (4, "early")):
+        write_risk(
+            tmp_path,
+            broker_transport_options={"visibility_timeout": 3, **FAST},
+            worker_prefetch_multiplier=multiplier,
+        )
+        before = project.log().count("began")
+        project.worker(f"{RISKY} --concurrency=1 -n {task}{multiplier}@%h -Q q")
+        results = [client.send_task(task, args=(1.2,), queue="q") for _ in range(5)]
+        until(lambda: all(result.ready() for result in results), "all tasks are done")  # noqa: B023
+        until(lambda: not project.broker.exists("q", "unacked"), "no message is left")
+        runs[multiplier, task] = project.log().count("began") - before
+        pid = node_stats(client, f"{task}{multiplier}")["pid"]
+        client.control.shutdown()
+        until(lambda: not psutil.pid_exists(pid), "the worker has ended")  # noqa: B023
+    assert runs[1, "late"] == 5 < min(runs[4, "late"], runs[4, "early"]), runs
+
+
+def test_a_worker_with_a_short_timeout_puts_back_the_messages_of_the_others(project, tmp_path):
+    stands("03c", "a single worker with a short timeout puts back the messages of all others")
+    stands("03c", "is started once more each time the visibility timeout has passed")
+    write_risk(tmp_path)
+    project.worker(f"{RISKY} --pool=threads --concurrency=4 -n patient@%h -Q q")
+    result = project.client().send_task("late", args=(10,), queue="q")
+    until(lambda: result.state == "STARTED", "the task starts")
+    write_risk(tmp_path, broker_transport_options={"visibility_timeout": 1, **FAST})
+    project.worker(f"{RISKY} --pool=solo -n hasty@%h -Q other")
+    until(lambda: project.log().count("began") == 3, "the patient worker starts the task again, and again")
+    assert result.state == "STARTED"
+
+
+# --- 03d -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "head, tasks",
+    [
+        ('app = Celery("shop", include=["stock"])', "stock.count"),
+        ('app = Celery("shop")\napp.conf.imports = ["stock"]', "stock.count"),
+        ('app = Celery("shop")\napp.autodiscover_tasks(["store"])', "store.tasks.count"),
+    ],
+)
+def test_three_ways_to_a_second_module(project, tmp_path, head, tasks):
+    stands("03d", '| the setting `app.conf.imports = ["stock"]` | exactly these modules | the same |')
+    stands("03d", "the package `store` and its module `store.tasks`")
+    write_shop(tmp_path, head)
+    tmp_path.joinpath("store").mkdir()
+    for module in ("stock.py", "store/tasks.py", "store/video.py"):
+        tmp_path.joinpath(module).write_text("from shop import app\n\n\n@app.task\ndef count():\n    return 3\n")
+    project.worker(f"python -m celery -A shop worker {QUIET}")
+    assert re.findall(r"\n  \. (\S+)", project.log()) == ["shop.price", tasks]
+
+
+def test_a_missing_package_and_a_bare_celery_stop_a_worker_that_discovers_tasks(project, tmp_path):
+    stands("03d", "with no package `store`, the worker doesn't start")
+    stands("03d", "The bare command `celery` looks for the app and for the modules in `include` in the current folder")
+    write_shop(tmp_path, 'app = Celery("shop")\napp.autodiscover_tasks(["store"])')
+    with pytest.raises(WrongAnswer, match="ended before it was ready: ModuleNotFoundError: No module named 'store'"):
+        project.worker(f"python -m celery -A shop worker {QUIET}")
+    tmp_path.joinpath("store").mkdir()
+    tmp_path.joinpath("store/tasks.py").touch()
+    with pytest.raises(WrongAnswer, match="ended before it was ready: ModuleNotFoundError: No module named 'store'"):
+        project.worker(f"celery -A shop worker {QUIET}")
+
+
+@pytest.mark.parametrize(
+    "head", ['app = Celery("shop", include=["stok"])', 'app = Celery("shop")\napp.conf.imports = ["stok"]']
+)
+def test_a_worker_doesn_t_start_with_an_unknown_module(project, tmp_path, head):
+    stands("03d", "exactly these modules | the worker doesn't start: `ModuleNotFoundError`")
+    write_shop(tmp_path, head)
+    with pytest.raises(WrongAnswer, match="ended before it was ready: ModuleNotFoundError: No module named 'stok'"):
+        project.worker(f"celery -A shop worker {QUIET}")
+
+
+def test_a_wrong_value_stops_the_worker_without_naming_the_setting_or_is_taken(project, tmp_path):
+    stands(
+        "03d",
+        '`worker_prefetch_multiplier = "four"` stops the worker with a `ValueError` that doesn\'t name the setting',
+    )
+    stands("03d", '`task_time_limit = "3"`, a text, lets it start')
+    write_shop(tmp_path, 'app = Celery("shop")\napp.conf.worker_prefetch_multiplier = "four"')
+    with pytest.raises(WrongAnswer, match="ready: ValueError: ") as error:
+        project.worker(f"celery -A shop worker {QUIET}")
+    assert "worker_prefetch_multiplier" not in str(error.value)
+    write_shop(tmp_path, 'app = Celery("shop")\napp.conf.task_time_limit = "3"')
+    project.worker(f"celery -A shop worker {QUIET}")
+
+
+def test_report_reads_the_file_and_inspect_conf_asks_the_worker(project, tmp_path):
+    stands("03d", "`celery -A shop inspect conf` asks the running workers", "Neither of them marks a wrong name.")
+    stands("03d", "it imports the app, and lists the settings in the file as it is now")
+    write_shop(tmp_path, 'app = Celery("shop")\napp.conf.task_time_limt = 3')
+    project.worker(f"celery -A shop worker {QUIET}")
+    write_shop(tmp_path, 'app = Celery("shop")\napp.conf.task_time_limt = 4')
+    assert "\ntask_time_limt: 4\n" in project.run("celery -A shop report")
+    assert '"task_time_limt": 3' in project.run("celery -A shop inspect conf")
+    assert Celery(set_as_current=False).conf.task_time_limit is None
 
 
 # --- 04 ------------------------------------------------------------------------------------------------------
