@@ -8,7 +8,7 @@ from course_tasks.servers import urls
 # any terminal finds them. CELERY_BROKER_URL and CELERY_RESULT_BACKEND, where set, win: Celery sees to that itself.
 broker, backend = urls()
 
-# A real project would `install(app)` of correlation.py below: here chapter 07 does so in apps of its own, and teaches it.
+# A real project would call correlation.install(app) below. Here chapter 07 does so, in apps of its own, to teach it.
 app = Celery("course_tasks", broker=broker, backend=backend, include=["course_tasks.tasks"])
 
 app.conf.update(
