@@ -7,6 +7,7 @@ import re
 import socket
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,6 +24,8 @@ SANITIZE = Path(__file__).with_name("sanitize.cfg")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 NOT_COMPARED = ("image/png", "image/jpeg", WIDGET)  # as nbval has it
 ATTEMPTS = 5  # for a cell tagged `noisy`, which measures something that a busy machine may spoil
+SLOWEST = 8  # times as long as written, at most
+LASTING = re.compile(r"(?m)^(seconds = )(\d+(?:\.\d+)?)$")
 WORDS_A_MINUTE, LINES_A_MINUTE, MINUTES_A_CELL, MINUTES_AN_EXERCISE, MINUTES_A_QUESTION = 100, 20, 0.3, 3, 1
 MINUTES = re.compile(r"\d+ minutes to read and run, \d+ to practise")
 
@@ -64,9 +67,29 @@ def _anonymous(value):
     return {key: _anonymous(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def attempts(cell: nbformat.NotebookNode) -> int:
-    """How many times a cell may be run until it does not fail: once, or ATTEMPTS times if it is tagged `noisy`."""
-    return ATTEMPTS if "noisy" in cell.metadata.get("tags", []) else 1
+def _lasting(source: str, times: int) -> str:
+    return LASTING.sub(lambda found: f"{found[1]}{times * float(found[2]):g}", source)
+
+
+def attempts(cell: nbformat.NotebookNode) -> Iterator[int]:
+    """Let a cell be run until it does not fail: once, or ATTEMPTS times if it is tagged `noisy`.
+
+    What has to overlap must last longer than a busy machine takes to start it. So where a noisy cell says how long its
+    tasks last in a line such as `seconds = 0.4`, each attempt takes twice as long as the last, up to eight times.
+
+    Args:
+        cell: the cell. Its source is that of the attempt, and as before in the end.
+
+    Yields:
+        How many attempts come after this one.
+    """
+    source, last = cell.source, (ATTEMPTS if "noisy" in cell.metadata.get("tags", []) else 1) - 1
+    try:
+        for number in range(last + 1):
+            cell.source = _lasting(source, min(2**number, SLOWEST))
+            yield last - number
+    finally:
+        cell.source = source
 
 
 def execute(client: NotebookClient, cell: nbformat.NotebookNode, index: int) -> nbformat.NotebookNode:
@@ -85,7 +108,7 @@ def execute(client: NotebookClient, cell: nbformat.NotebookNode, index: int) -> 
         DeadKernelError: the kernel died in it.
     """
     assert client.km
-    for left in reversed(range(attempts(cell))):
+    for left in attempts(cell):
         try:
             return client.execute_cell(cell, index)
         except DeadKernelError:

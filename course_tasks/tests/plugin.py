@@ -160,7 +160,7 @@ def run_until_it_passes(item: nbval.plugin.IPyNbCell, runtest: Callable[[], None
     try:
         if not kernel.is_alive():
             raise DeadKernelError(f"{kernels.obituary(kernel.km)} It was before this cell.")
-        for left in reversed(range(record.attempts(item.cell))):
+        for left in record.attempts(item.cell):
             try:
                 return runtest()
             except nbval.plugin.NbCellError:
@@ -276,7 +276,10 @@ class LearnerTriesEverything(pytest.Item):
                 [row] = re.findall(rf"(?m)^{copies.number(self.path.name)} .*", again.outputs[0].data["text/plain"])
                 assert row.endswith("✅ complete, ▶ you are here"), row
                 continue
-            assert record.comparable(again) == record.comparable(cell), f"{cell.id}, run for the second time"
+            left = record.attempts(cell)
+            while record.comparable(again) != record.comparable(cell):
+                assert (left := left - 1), f"{cell.id}, run for the second time: {record.comparable(again)}"
+                again = run(cell)
             for tag in cell.metadata.get("tags", []):
                 if tag.startswith("quiz-"):
                     try_question(cell, tag.removeprefix("quiz-"))

@@ -56,6 +56,17 @@ def test_a_noisy_cell_that_never_passes_fails(pair, tmp_path):
     assert done.returncode == 1 and "5 of 6 runs" in done.stdout
 
 
+def test_each_attempt_of_a_noisy_cell_lasts_twice_as_long_as_the_last_and_eight_times_at_most(pair, tmp_path):
+    kept = "lasted = globals().get('lasted', []) + [seconds]\nassert len(lasted) > 4, lasted\nprint(lasted)"
+    cell = CODE(f"seconds = 0.4\n{kept}", metadata={"tags": ["noisy"]})
+    saved(path := tmp_path / "slower.ipynb", cell)
+    record.record(path)
+    stored = nbformat.read(path, as_version=4).cells[1]
+    assert stored.outputs[0].text == "[0.4, 0.8, 1.6, 3.2, 3.2]\n" and stored.source == cell.source
+    done = run_by_pytest(path)
+    assert done.returncode == 0, done.stdout
+
+
 def test_a_cell_without_the_tag_has_one_attempt(pair, tmp_path):
     cell = noisy(2)
     cell.metadata = {}
@@ -156,6 +167,16 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         item.output_timeout = 1
 """
+
+
+@pytest.mark.parametrize("tags", [["noisy"], []])
+def test_a_noisy_cell_may_have_other_outputs_for_the_learner_too_but_not_each_time(pair, tmp_path, tags):
+    spoilt = "runs = globals().get('runs', 0) + 1\nprint('spoilt' if runs == 2 else 'as ever')"
+    saved(path := tmp_path / "00_noisy.ipynb", CODE(spoilt, metadata={"tags": tags}))
+    record.record(path)
+    said = with_a_learner(path)
+    assert ("an exercise that the chapter does not ask" in said) == bool(tags), "that is further down"
+    assert bool(re.search(r"run for the second time: .*spoilt", said)) != bool(tags)
 
 
 def test_a_cell_that_can_not_be_interrupted_leaves_no_second_failure(pair, tmp_path):

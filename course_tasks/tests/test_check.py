@@ -4,6 +4,7 @@ import pytest
 
 from course_tasks.classroom import check, free_port
 from course_tasks.tests.plugin import listens
+from course_tasks.tests.test_live import addressed, working
 
 
 class Hostile:
@@ -41,6 +42,19 @@ def test_an_answer_that_waits_for_the_broker_is_right_too(pair, capsys, command)
     exec(f"def answer(broker, wrong, right):\n    while broker.{command}: pass", space)
     check("01b-1", space["answer"])
     assert capsys.readouterr().out.startswith("✅ 01b-1")
+
+
+def test_slots_that_a_busy_machine_left_idle_are_counted(pair, capsys):
+    """24 tasks took three rounds of eight, on a worker that has ten slots."""
+    with addressed(pair.broker), working(0, "--pool=gevent", "-c", "10", "--without-mingle") as worker:
+        spans = [
+            {"pid": worker.pid, "thread": f"Dummy-{number}", "start": start, "end": start + 0.3}
+            | {"delayed": 0.0, "seconds": 0.3}
+            for number in range(24)
+            for start in [1.0 + number // 8]
+        ]
+        check("06-2", spans)
+    assert capsys.readouterr().out.startswith("✘ 06-2: they took 3 rounds, but on 10 slots.")
 
 
 def test_a_free_port_is_nobody_s_and_not_one_that_a_connection_may_get():
