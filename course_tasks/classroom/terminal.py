@@ -51,7 +51,7 @@ class Terminal:
 
     Args:
         name: what the learner calls it.
-        command: one or more lines of shell; the last one is the process that signals go to.
+        command: one or more lines of shell; see `prepared`.
         ready: regular expression; the first line of the log that matches says that the command is ready.
         shown: how many lines of the log the pane shows.
     """
@@ -363,6 +363,11 @@ class TerminalMagics(Magics):
         The cell ends when the command says that it is ready, or has finished. If it dies before, or is not ready
         in time, the cell fails and shows the end of the log. Running the cell again replaces the command. The pane
         may be a short one, with `--lines`; `%tail` prints every line.
+
+        The cell is run as `/bin/sh -e -c` would run it: any shell code will do, and the first command that fails ends
+        it. If the last command is a program, such as a worker, `%stop` sends SIGTERM to that program alone, and a
+        prefork worker finishes its tasks. If it is something else, such as a pipeline, a loop, a function or `wait`,
+        all that the cell has started gets SIGTERM.
         """
         options = parse_argstring(self.terminal, line)
         if not re.search(r"^\s*[^#\s]", cell, re.MULTILINE):
