@@ -276,7 +276,7 @@ class LearnerTriesEverything(pytest.Item):
                 [row] = re.findall(rf"(?m)^{copies.number(self.path.name)} .*", again.outputs[0].data["text/plain"])
                 assert row.endswith("✅ complete, ▶ you are here"), row
                 continue
-            left = record.attempts(cell)
+            left = record.ATTEMPTS if "noisy" in cell.metadata.get("tags", []) else 1
             while record.comparable(again) != record.comparable(cell):
                 assert (left := left - 1), f"{cell.id}, run for the second time: {record.comparable(again)}"
                 again = run(cell)
