@@ -135,8 +135,7 @@ class CorrelatedConsumer(Consumer):
         handle = super().create_task_handler(*args, **kwargs)
 
         def with_id(message):
-            headers = message.headers if isinstance(message.headers, dict) else {}
-            task_id = message.properties.get("correlation_id")
+            headers, task_id = message.headers, message.properties.get("correlation_id")
             with _current(_id_of(headers, headers.get("root_id"), task_id, headers.get("id"))):
                 return handle(message)
 

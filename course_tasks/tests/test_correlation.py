@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -118,7 +119,7 @@ def told(what):
         library.warning("a receiver of %s", what)
     return receiver
 
-for name in ("task_received", "task_unknown", "task_rejected", "task_revoked"):
+for name in ("task_received", "task_unknown", "task_rejected", "task_revoked", "task_retry"):
     getattr(signals, name).connect(told(name), weak=False)
 
 @app.task(name="nested")
@@ -237,11 +238,10 @@ def under(id, name, *args, **options):
     print(id, app.send_task(name, args, ignore_result=True, **options).id)
     correlation_id.reset(token)
 
-def raw(body, headers):  # what a client that is not Celery's may publish
+def raw(body, headers, **properties):  # what a client that is not Celery's may publish
     with app.connection() as connection:
-        connection.Producer(serializer=None).publish(
-            body, routing_key="celery", headers=headers, content_type="application/json", content_encoding="utf-8"
-        )
+        properties |= {"content_type": "application/json", "content_encoding": "utf-8"}
+        connection.Producer(serializer=None).publish(body, routing_key="celery", headers=headers, **properties)
 
 """
 
@@ -295,6 +295,29 @@ def test_lines_and_error_callbacks_of_the_main_process_have_it_too(shops):
         about = [found for found, message in shop.lines() if task in message]
         assert about and set(about) == {request}, (name, about)
         assert [found for found, message in shop.lines() if re.search(line, message)][-1] == request
+
+
+def test_so_have_those_about_tasks_that_are_revoked_or_cancelled(folder):
+    with running(Shop.worker("revoked", 14, folder, "--pool=prefork --concurrency=1")) as [shop]:
+        # from one process, so that the worker knows of it long before the eight seconds are over
+        shop.client(
+            "under('later-1', 'step', task_id='later', countdown=8)\n"
+            "while 'later' not in str(app.control.inspect(limit=1).scheduled()): pass\n"
+            "app.control.revoke('later')"
+        )
+        shop.logged("Discarding revoked task")
+        now = shop.client("under('now-1', 'sleep', 90)").split()[1]
+        shop.logged(f"sleep.{now}.: sleeps")
+        shop.client(f"app.control.revoke({now!r}, terminate=True)")
+        shop.logged("a receiver of task_revoked", 2)
+        shop.client("under('cancelled-1', 'sleep', 90)")
+        shop.logged("sleeps", 2)
+        shop.process.send_signal(signal.SIGQUIT)  # a cold shutdown
+        shop.logged("a receiver of task_retry")
+        said = [line for line in shop.lines() if line[1].startswith(("Discarding", "a receiver of task_re"))]
+        assert [id for id, message in said if "Discarding" in message] == ["later-1"]
+        assert [id for id, message in said if message.endswith("revoked")] == ["later-1", "now-1"]
+        assert [id for id, message in said if message.endswith("retry")] == ["cancelled-1"]
 
 
 LOST = "Task handler raised error: WorkerLostError"
@@ -386,6 +409,7 @@ OTHER_CLIENTS = {  # and the id that stands in for theirs
     "raw('[[], {}, {}]', {'id': '1-3', 'task': 'step', HEADER: 'foreign-1'})": "foreign-1",
     "raw('[[], {}, {}]', {'id': '1-4', 'task': 'step'})": "1-4",
     "raw('[[], {}, {}]', {'id': '1-5', 'task': 'step', 'root_id': 'first-1'})": "first-1",
+    "raw('[[], {}, {}]', {'id': '1-6', 'task': 'step'}, correlation_id='property-1')": "property-1",
 }
 
 
