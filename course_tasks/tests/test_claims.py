@@ -636,15 +636,13 @@ def test_mingle_asks_for_revoked_tasks_and_waits_a_second_and_gossip_hears_the_o
     project.worker("celery -A shop worker --pool=solo -n one@%h")
     project.client().control.revoke("a-revoked-task", reply=True, timeout=10, limit=1)
     project.worker("celery -A shop worker --pool=solo -n two@%h")
-    nodes = (project.client().control.inspect(timeout=10, limit=2).revoked() or {}).items()
-    assert {node.partition("@")[0]: tasks for node, tasks in nodes} == {
-        "one": ["a-revoked-task"],
-        "two": ["a-revoked-task"],
-    }
+    two = f"two@{socket.gethostname()}"
+    asked = project.client().control.inspect([two], timeout=5, limit=1)
+    assert until(asked.revoked, "the second worker answers")[two] == ["a-revoked-task"]
     begin, end, *_ = re.findall(r"\[\S+ (\S+): INFO/MainProcess\] mingle: (?:searching|all alone)", project.log())
     second = [datetime.strptime(time, "%H:%M:%S,%f") for time in (begin, end)]
     assert 1 <= (second[1] - second[0]).seconds < 3
-    until(lambda: f"sync with two@{socket.gethostname()}" in project.log(), "one hears of two")
+    until(lambda: f"sync with {two}" in project.log(), "one hears of two")
 
 
 def test_a_direct_exchange_passes_a_message_to_each_queue_with_exactly_its_key(pair):
@@ -749,7 +747,7 @@ def heartbeat_age(folder: Path) -> float:
 def test_inspect_waits_a_second_and_a_worker_without_a_name_is_called_celery():
     stands("03b", "it always waits for the whole `timeout`, by default one second")
     stands("03b", "Without `-n`, a worker is called `celery@` and the name of its machine")
-    stands("03b", "Every two seconds its main process sends a heartbeat")
+    stands("03b", "Every two seconds its main process sends a **heartbeat**")
     assert inspect.signature(Inspect).parameters["timeout"].default == 1
     assert default_nodename(None) == f"celery@{socket.gethostname()}"
     assert Heart(None, eventer=SimpleNamespace(on_enabled=set(), on_disabled=set())).interval == 2
@@ -929,7 +927,9 @@ def test_how_each_pool_stops(project, tmp_path, row, sent, task):
         os.kill(pids[pool], getattr(signal, sent))
     until(lambda: not any(map(psutil.pid_exists, pids.values())), "all workers have ended")
     done = {pool: sum(result.state == "SUCCESS" for result in results[pool]) for pool in pools}
-    assert [f"{done[pool]} done, {project.broker.llen(pool)} back" for pool in pools] == said
+    for pool, claim in zip(pools, said, strict=True):
+        found = f"{done[pool]} done, {project.broker.llen(pool)} back"
+        assert found == claim or (claim == "at least 1 done" and done[pool] >= 1), (pool, found)
 
 
 def test_sigquit_is_a_cold_stop_and_a_soft_timeout_makes_no_difference_to_sigterm(project, tmp_path):
@@ -995,7 +995,7 @@ def test_messages_taken_ahead_get_too_old_and_with_a_multiplier_of_1_they_do_not
         )
         before = project.log().count("began")
         project.worker(f"{RISKY} --concurrency=1 -n {task}{multiplier}@%h -Q q")
-        results = [client.send_task(task, args=(1.2,), queue="q") for _ in range(5)]
+        results = [client.send_task(task, args=(1.5,), queue="q") for _ in range(5)]
         until(lambda: all(result.ready() for result in results), "all tasks are done")  # noqa: B023
         until(lambda: not project.broker.exists("q", "unacked"), "no message is left")
         runs[multiplier, task] = project.log().count("began") - before
