@@ -67,7 +67,8 @@ def test_cells_are_short_and_the_minutes_are_computed(path):
     sources = [cell.source.splitlines() for cell in cells(path, "code")]
     sizes = {"lines in a cell": max(map(len, sources)), "bytes": path.stat().st_size}
     assert {what: size for what, size in sizes.items() if size > MOST[what]} == {}
-    assert statistics.median(map(len, sources)) <= 4
+    # 07b writes a module, piece by piece: there the code is the subject
+    assert statistics.median(map(len, sources)) <= (5 if copies.number(path.name) == "07b" else 4)
     assert record.minutes(nbformat.read(path, as_version=4)) in cells(path, "markdown")[0].source
 
 
