@@ -850,18 +850,18 @@ from celery import Celery
 
 app = Celery("risk")
 app.conf.task_track_started = True
-app.conf.update(settings := {settings})
+app.conf.update(SETTINGS)
 
 
 @app.task(name="early")
-def early(seconds):
-    print("began", flush=True)
+def early(seconds, label=""):
+    print(f"began {label}", flush=True)
     time.sleep(seconds)
 
 
 @app.task(name="late", acks_late=True)
-def late(seconds):
-    print("began", flush=True)
+def late(seconds, label=""):
+    print(f"began {label}", flush=True)
     time.sleep(seconds)
 
 
@@ -882,7 +882,7 @@ FAST = {"unacked_restore_interval": 1, "unacked_restore_throttle": 1}
 
 def write_risk(folder: Path, **settings) -> None:
     """Write a module `risk` with an app and tasks that don't survive everything."""
-    folder.joinpath("risk.py").write_text(RISK.format(settings=settings))
+    folder.joinpath("risk.py").write_text(RISK.replace("SETTINGS", repr(settings)))
 
 
 def node_stats(client: Celery, name: str) -> dict:
@@ -922,8 +922,8 @@ def test_how_each_pool_stops(project, tmp_path, row, sent, task):
         project.worker(f"{RISKY} --pool={pool} --concurrency=1 -n {pool}@%h -Q {pool}")
         pids[pool] = node_stats(client, pool)["pid"]
     for pool in pools:
-        results[pool] = [client.send_task(task, args=(3,), queue=pool) for _ in range(3)]
-        until(lambda: results[pool][0].state == "STARTED", f"{pool} starts the first task")  # noqa: B023
+        results[pool] = [client.send_task(task, args=(3, pool), queue=pool) for _ in range(3)]
+        until(lambda: f"began {pool}" in project.log(), f"{pool} starts the first task")  # noqa: B023
         os.kill(pids[pool], getattr(signal, sent))
     until(lambda: not any(map(psutil.pid_exists, pids.values())), "all workers have ended")
     done = {pool: sum(result.state == "SUCCESS" for result in results[pool]) for pool in pools}
