@@ -104,13 +104,18 @@ def pytest_xdist_auto_num_workers(config) -> int:
     return max(1, min(6, 3 * (os.cpu_count() or 1), round(psutil.virtual_memory().total / 1e9)))
 
 
+APART = ("test_claims.py", "test_install.py", "test_project.py")  # files whose tests have nothing in common
+
+
 class Scheduling(LoadScopeScheduling):
     """A file's tests run in one process, those that run chapters in the browser in one of their own.
 
-    There JupyterLab's scripts are compiled once.
+    There JupyterLab's scripts are compiled once. Of the files in APART, each test goes to whichever process is free.
     """
 
     def _split_scope(self, nodeid: str) -> str:
+        if any(file in nodeid for file in APART):
+            return nodeid
         return nodeid.partition("[")[0] if "test_run_all_in" in nodeid else super()._split_scope(nodeid)
 
 
@@ -125,9 +130,11 @@ LONGEST = (
     "test_launcher",
     "ipynb::",
     "test_browser",
+    "test_correlation",
     "test_terminal",
     "test_pair",
-    "test_correlation",
+    "test_claims",
+    "test_install",
     "test_experiment",
 )
 
