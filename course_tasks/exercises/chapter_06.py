@@ -35,9 +35,10 @@ def _slots_of_worker(spans: list) -> int:
     On a busy machine a worker may be slow to start tasks. Then its spans use fewer slots than it has.
     """
     pids = {span["pid"] for span in spans}
-    with Celery(set_as_current=False) as app:
+    app = Celery(set_as_current=False)
+    with app.connection_for_write() as connection:  # not the pool's, which would stay open
         for _ in range(3):  # it may not hear the first question in time
-            for told in (app.control.inspect(timeout=1).stats() or {}).values():
+            for told in (app.control.inspect(timeout=1, connection=connection).stats() or {}).values():
                 if pids <= {told["pid"], *told["pool"].get("processes", ())}:
                     return told["pool"]["max-concurrency"]
     return 0
