@@ -96,6 +96,7 @@ def pytest_sessionfinish(session) -> None:
         stack.close()
 
 
+@pytest.hookimpl(tryfirst=True)  # else xdist's own takes the number of cores
 def pytest_xdist_auto_num_workers(config) -> int:
     """How many processes `-n auto` starts: six, as they mostly wait; fewer on a small machine.
 

@@ -253,7 +253,7 @@ def test_answers_are_counted_and_the_map_leads_to_the_next_chapter_in_both_theme
     page.keyboard.insert_text(ANSWERS)
     page.keyboard.press("Control+Enter")
     said = page.locator(".jp-Notebook .jp-OutputArea").first
-    api.expect(said).to_contain_text("✅ 00-3: right. 1 of 3 in this chapter.")
+    api.expect(said).to_contain_text("✅ 00-3: right. 1 of 4 in this chapter.")
     api.expect(said).to_contain_text("✅ quiz 00-1: right. send_task had already handed")
     rows = said.locator("table[aria-label='Your progress'] tr")
     api.expect(rows).to_have_count(len(CHAPTERS) + 2)

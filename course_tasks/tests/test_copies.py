@@ -21,7 +21,8 @@ import pytest
 from course_tasks.authoring import kernels
 from course_tasks.install import ROOT
 from course_tasks.tests.plugin import until
-from course_tasks.tests.test_launcher import HOST, LINE, read_only
+from course_tasks.tests.test_install import read_only
+from course_tasks.tests.test_launcher import HOST, LINE
 from course_tasks.tests.test_notebooks import LINK, prose
 
 WRITTEN = "# the learner's own words"
@@ -167,7 +168,8 @@ def test_the_copies_of_the_course_have_no_outputs_and_all_their_links_work(tmp_p
     clone = Clone(tmp_path / "clone")
     ignored = shutil.ignore_patterns(".ipynb_checkpoints")
     shutil.copytree(kernels.NOTEBOOKS, clone.root / "notebooks", dirs_exist_ok=True, ignore=ignored)
-    shutil.copy(ROOT / "README.md", clone.root)
+    for name in ("README.md", "docker-compose.yml"):
+        shutil.copy(ROOT / name, clone.root)
     (clone.root / "notebooks" / "00_one.ipynb").unlink()  # the course has a chapter of that number
     assert clone.update() == clone.update() == ""
     found = sorted(clone.mine.glob("*.ipynb"))

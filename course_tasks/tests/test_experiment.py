@@ -77,9 +77,9 @@ def test_a_run_in_every_pool_tells_what_its_tasks_did_and_leaves_nothing(clean, 
     assert repr(run) == f"{text}{run.speedup:.1f} x as fast as one by one"
     assert f"--pool={pool} --concurrency=2 -Q experiment-" in run.command and run.command in experiment._command.value
     assert experiment.progress.value == experiment.progress.max == 4
+    assert status(experiment).startswith("Run 1 is over: ")
     experiment.controls["tasks"].value += 1
     assert experiment.progress.value == 0, "a full bar would be that of the next run"
-    assert status(experiment).startswith("Run 1 is over: ")
 
 
 def test_the_speed_up_is_that_of_the_wall_time_beside_it():
@@ -299,7 +299,7 @@ def test_the_kernel_is_free_in_a_run_and_a_click_that_came_too_late_starts_none(
         until(lambda: workers(clean), "the second run has begun")
         click(running, button)
         assert value(running, "experiment.join(60); len(experiment.runs)") == "2"
-        assert "This click came while a run was going on" in value(running, "experiment.status.value")
+        assert "This click came while a run was in progress" in value(running, "experiment.status.value")
         running.run(f"experiment.run(**{LONG!r})", wait=False)
         until(lambda: workers(clean), "the third run has begun")
         running.manager.interrupt_kernel()

@@ -17,9 +17,9 @@ from course_tasks.classroom import check, quiz
 from course_tasks.exercises import Question
 from course_tasks.install import ROOT
 from course_tasks.tests.test_check import Hostile
-from course_tasks.tests.test_launcher import read_only
+from course_tasks.tests.test_install import read_only
 
-RIGHT = "✅ 00-3: right. 1 of 3 in this chapter."
+RIGHT = "✅ 00-3: right. 1 of 4 in this chapter."
 NOTES = """
 import sys
 from course_tasks import progress
@@ -151,7 +151,7 @@ def test_what_was_saved_stays_when_nothing_more_can_be(mine, how):
             prefix, wanted = ["prlimit", "--fsize=10"], "File too large"
         done = subprocess.run([*prefix, sys.executable, "-c", CHECK], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr == ""
-    line = r"✅ 00-3: right\. 2 of 3 in this chapter\.\n"
+    line = r"✅ 00-3: right\. 2 of 4 in this chapter\.\n"
     assert re.fullmatch(rf"{line}Your progress can't be saved: {wanted}.*\.\n", done.stdout)
     assert saved(mine) == before and [path.name for path in mine.iterdir()] == ["progress.json"]
 
