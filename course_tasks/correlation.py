@@ -4,16 +4,16 @@
 begins. All else follows: a message carries the id of whoever sent it, a task has the id of its message, and a worker
 has it in all that it logs about either, even if the message never becomes a task.
 
-Not so, and with a ``-`` in place of the id:
+These records have a ``-`` in place of the id:
 
-- what a thread or a greenlet logs that a task has started, unless it runs in a copy of the task's context,
+- those of a thread or a greenlet that a task has started, unless it runs in a copy of the task's context,
   ``copy_context().run(function)``. An asyncio task does so by itself;
-- what a worker logs at the orders of remote control ("Tasks flagged as revoked"), about its child processes, when a
-  task is over ("Process cleanup failed", "Exception raised outside body"), or at level DEBUG;
-- what beat logs. Each task that it sends begins a trail of its own.
+- those that a worker logs when it obeys remote control ("Tasks flagged as revoked"), about its child processes, after
+  a task's end ("Process cleanup failed", "Exception raised outside body"), and some at level DEBUG;
+- those of beat: each task that it sends begins a trail of its own.
 
-What is printed is a record only if Celery redirects it (``worker_redirect_stdouts``, and no ``setup_logging``). And of
-a record with a traceback only the first line has the id; a formatter for JSON makes one line of it all.
+What a task prints becomes a record only if Celery redirects it (``worker_redirect_stdouts``, and no receiver of
+``setup_logging``). Of a traceback only the first line has the id; a formatter for JSON makes it one line.
 """
 
 import contextlib

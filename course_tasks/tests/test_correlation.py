@@ -432,7 +432,7 @@ def test_what_the_docstring_says_has_no_id(shops):
         shop.logged(re.escape(line))
         assert {found for found, message in shop.lines() if message.startswith(line)} == {"-"}, line
     shop.logged("^LookupError: no lamp$")  # a traceback's last line
-    for quoted in ("Tasks flagged as revoked", "Process cleanup failed", "only the first line", "what beat logs"):
+    for quoted in ("Tasks flagged as revoked", "Process cleanup failed", "only the first line", "those of beat"):
         assert quoted in correlation.__doc__
 
 
