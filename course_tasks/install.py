@@ -38,7 +38,7 @@ KEPT = {
     "index-url": ["UV_DEFAULT_INDEX"],
     "extra-index-url": ["UV_INDEX"],
     "find-links": ["UV_FIND_LINKS"],
-    "no-index": ["UV_NO_INDEX"],
+    "no-index": [],
     "constraint": ["UV_CONSTRAINT"],
     "require-hashes": ["UV_REQUIRE_HASHES"],
     "trusted-host": ["UV_INSECURE_HOST"],
@@ -57,10 +57,13 @@ CHECK = """
 import importlib, re, sys
 from importlib.metadata import packages_distributions, version
 
-wanted = dict(pin.split("==") for pin in sys.argv[1:])
+wanted = {}
+for pin in sys.argv[1:]:
+    name, _, pinned = pin.partition("==")
+    wanted.setdefault(name, []).append(pinned)
 for name, pinned in wanted.items():
-    if version(name) != pinned:
-        sys.exit(f"{name} is {version(name)} and not {pinned}")
+    if version(name) not in pinned:
+        sys.exit(f"{name} is {version(name)} and not {' or '.join(pinned)}")
 for module, owners in packages_distributions().items():
     if module.isidentifier() and wanted.keys() & {re.sub("[-_.]+", "-", name).lower() for name in owners}:
         importlib.import_module(module)
@@ -270,16 +273,18 @@ def _fill(wanted: list[str], again: bool, lock: int) -> None:
         say("Fetching uv, which is faster than pip.")
         quick = ["--retries", "0", "--only-binary", ":all:", "--no-deps"]
         _run([*pip, "install", *quick, "-c", PINS[1], "uv"], lock, environment, quiet=True)
-    force = ["--reinstall"] if again else []
+    options = ["--reinstall"] if again else []
+    if environment.get("PIP_NO_INDEX", "").lower() in ("y", "yes", "t", "true", "on", "1"):  # uv has no variable for it
+        options.append("--no-index")
     try:
-        failed = _run([uv or own, "pip", "install", "--python", PYTHON, *force, *wanted], lock, environment)
+        failed = _run([uv or own, "pip", "install", "--python", PYTHON, *options, *wanted], lock, environment)
     except OSError:  # there is no uv, or none for this machine
         failed = 1
     if failed:
         say("uv did not do it, so pip does, in a minute or two.")
         # without compiling a fifth faster: what is used gets compiled when it is first imported
-        force = ["--force-reinstall"] if again else []
-        if _run([*pip, "install", "--no-compile", *force, *wanted], lock, environment):
+        options = ["--force-reinstall"] if again else []
+        if _run([*pip, "install", "--no-compile", *options, *wanted], lock, environment):
             raise Problem(_advice())
 
 

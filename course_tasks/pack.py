@@ -123,7 +123,7 @@ def _needed(python: str, name: str) -> set[str]:
     needed = {"pip", *build}  # pip for a Python without ensurepip
     todo = [
         (requirement, extra)
-        for requirement in (*listed(PINS[0]), Requirement("uv"))
+        for requirement in (*filter(holds, listed(PINS[0])), Requirement("uv"))
         for extra in ("", *requirement.extras)
     ]
     seen = set()
@@ -133,9 +133,8 @@ def _needed(python: str, name: str) -> set[str]:
         needed.add(package + pins.get(package, str(requirement.specifier)))
         if (package, extra) not in seen:
             seen.add((package, extra))
-            with contextlib.suppress(
-                importlib.metadata.PackageNotFoundError
-            ):  # it is for there only, and needs nothing
+            # one that isn't here is for there only, and needs nothing
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 for text in importlib.metadata.requires(package) or []:
                     if holds(further := Requirement(text), extra):
                         todo += [(further, extra) for extra in ("", *further.extras)]
