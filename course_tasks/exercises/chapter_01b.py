@@ -81,7 +81,7 @@ def _careful(answer: dict) -> str | None:
             return f"{name} can't be {value}. Write the word that Redis uses, in quotes."
         if isinstance(value, float) and value.is_integer():
             settings[name] = int(value)
-    with tempfile.TemporaryDirectory() as folder, Project(folder) as project:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, Project(folder) as project:
         for name in ("appendonly", "maxmemory", "maxmemory-policy"):
             try:
                 project.broker.config_set(name, settings[name])

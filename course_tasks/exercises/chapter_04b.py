@@ -75,9 +75,7 @@ EXERCISES = {
             "    return [result.get(timeout=10) for result in sent]": "your function raised TypeError",
             "def answer(given):\n"
             '    results = group(client.signature("wait", args=(one,)) for one in given).delay()\n'
-            "    return [record['result'] for _, record in results.iter_native(timeout=10, interval=0.1)]": (
-                "not the exception"
-            ),
+            "    return results.get(timeout=10, propagate=False)[::-1]": ("not the exception"),
             "def answer(given):\n"
             '    sent = [client.send_task("wait", args=(one,)) for one in given if one != "soon"]\n'
             "    return [result.get(timeout=10) for result in sent]": "3 values for 4 arguments",

@@ -257,7 +257,7 @@ def test_answers_are_counted_and_the_map_leads_to_the_next_chapter_in_both_theme
     api.expect(said).to_contain_text("✅ quiz 00-1: right. send_task had already handed")
     rows = said.locator("table[aria-label='Your progress'] tr")
     api.expect(rows).to_have_count(len(CHAPTERS) + 2)
-    api.expect(rows.nth(1)).to_have_text("00 Welcome1 of 31 of 4▶ you are here")
+    api.expect(rows.nth(1)).to_have_text("00 Welcome1 of 41 of 4▶ you are here")
     for theme in ("dark", "light"):
         switch(page, theme)
         for what in ("a", "td", "th"):
@@ -353,7 +353,7 @@ def test_the_stored_chapters_are_accessible_in_both_themes_before_they_are_trust
     )
     assert answer.ok, answer.text()
     page.goto(re.sub(r"/lab[^?]*", "/lab/tree/my_notebooks/all.ipynb", lab.url) + "&reset")
-    api.expect(page.locator(".jp-Notebook .jp-Cell")).to_have_count(len(everything.cells))
+    api.expect(page.locator(".jp-Notebook .jp-Cell")).to_have_count(len(everything.cells), timeout=3 * WAIT)
     page.wait_for_function("() => [...document.images].every(image => image.complete)")
     for theme in ("light", "dark"):
         switch(page, theme)

@@ -48,10 +48,11 @@ NO_INDEX = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
 
 
 def environment(home, **more):
-    """The environment of a newcomer: this one's PATH, an empty home, nothing of this pytest's or of pip's set-up."""
+    """The environment of a newcomer: this PATH without our .venv, an empty home, no settings of pytest or of pip."""
     ours = ("CELERY_", "COURSE_", "JUPYTER_", "PIP_", "PYTHON", "PYTEST_", "VIRTUAL_ENV", "XDG_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    return kept | NO_INDEX | {"HOME": str(home)} | more
+    path = [entry for entry in kept["PATH"].split(os.pathsep) if Path(entry) != Path(sys.executable).parent]
+    return kept | NO_INDEX | {"HOME": str(home), "PATH": os.pathsep.join(path)} | more
 
 
 class Clone:

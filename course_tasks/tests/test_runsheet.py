@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -264,14 +265,14 @@ def test_it_is_utf_8_whatever_the_terminal_speaks():
 
 
 def test_whoever_reads_only_the_first_line_gets_no_error():
-    line = f"{sys.executable} -S -m course_tasks runsheet --minutes 480 | head -n 1"
+    line = f"{shlex.quote(sys.executable)} -S -m course_tasks runsheet --minutes 480 | head -n 1"
     done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.startswith("# Run sheet") and not done.stderr
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's disk that is always full")
 def test_a_full_disk_gets_one_line():
-    line = f"{sys.executable} -S -m course_tasks runsheet > /dev/full"
+    line = f"{shlex.quote(sys.executable)} -S -m course_tasks runsheet > /dev/full"
     done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "can't be written: No space left" in done.stderr
 
