@@ -46,7 +46,9 @@ class Lab:
         self.notebooks.mkdir()
         shutil.copytree(kernels.NOTEBOOKS / "figures", folder / "notebooks" / "figures")
         # as in a clone, because Lab follows no link out of its root
-        (self.notebooks / "figures").symlink_to("../notebooks/figures")
+        shutil.copy(kernels.NOTEBOOKS / "reference.md", folder / "notebooks")
+        for name in ("figures", "reference.md"):
+            (self.notebooks / name).symlink_to(f"../notebooks/{name}")
         shutil.copy(ROOT / "README.md", folder)
         home = folder / "home"
         home.mkdir()
@@ -266,6 +268,18 @@ def test_answers_are_counted_and_the_map_leads_to_the_next_chapter_in_both_theme
     rows.nth(2).get_by_role("link").click()
     api.expect(page.get_by_role("heading", name=re.compile("^01 Broker"))).to_be_visible()
     assert page.url.partition("?")[0].endswith("/lab/tree/my_notebooks/01_broker.ipynb")
+
+
+def test_a_chapter_leads_to_the_reference_page_and_a_link_there_to_the_cell_of_a_chapter(page, lab):
+    page.locator(".jp-Notebook .jp-Cell").first.get_by_role("link", name="Reference", exact=True).click()
+    reference = page.locator(".jp-MarkdownViewer")
+    reference.get_by_role("link", name="The worker's command", exact=True).click()
+    api.expect(reference.get_by_role("heading", name="The worker's command", exact=True)).to_be_in_viewport()
+    row = reference.get_by_role("row", name=re.compile("^visibility_timeout"))
+    row.get_by_role("link", name="03c", exact=True).click()
+    here = re.compile("^Nobody has to die for a task to run twice")
+    api.expect(page.get_by_role("heading", name=here)).to_be_in_viewport()
+    assert page.url.partition("?")[0].endswith("/lab/tree/my_notebooks/03c_stopping.ipynb")
 
 
 def test_a_running_pane_follows_and_closing_lab_leaves_no_worker(page, lab):
