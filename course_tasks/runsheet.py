@@ -158,7 +158,8 @@ chapter's first cell. *Teaching it*, in README.md, says what to prepare the day 
   run has shown there, and **answer** what the chapter says right below it.
 - Nobody can know what your room will predict. The usual wrong answers in this sheet are those of each chapter's quiz,
   with what to say to each.
-- *Core* exercises are for everybody, *optional* ones for those who are done early."""
+- *Core* exercises are for everybody, *optional* ones for those who are done early.
+- `reference.md`, beside the chapters, is the page to keep: every term, and what to check if a task does not run."""
 
 
 def _clock(minutes: int) -> str:

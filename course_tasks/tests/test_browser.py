@@ -7,9 +7,11 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -20,6 +22,7 @@ import pytest
 from course_tasks.authoring import kernels
 from course_tasks.install import ROOT
 from course_tasks.tests.plugin import lacking, listens, needed, processes, until
+from course_tasks.tests.test_readme import PICTURES, pictured
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
@@ -373,6 +376,31 @@ def test_the_stored_chapters_are_accessible_in_both_themes_before_they_are_trust
         switch(page, theme)
         assert faults(page) == [], theme
     page.request.put(answer.url, data=json.dumps({"raw": "{}"}))
+
+
+@pytest.mark.parametrize("picture", PICTURES)
+def test_readmes_pictures_can_be_taken_and_are_kept_if_that_is_asked_for(context, lab, tmp_path, picture):
+    """With COURSE_PICTURES=1, `notebooks/figures/` gets what JupyterLab shows of these cells as they are stored."""
+    notebook, cell, digest = pictured(picture)
+    notebook.cells = [nbformat.v4.new_markdown_cell("the selected cell"), cell]
+    (lab.notebooks / "picture.ipynb").write_text(nbformat.writes(notebook))
+    page = context.new_page()
+    page.set_viewport_size({"width": 1100, "height": 1000})
+    page.goto(re.sub(r"/lab[^?]*", "/lab/tree/my_notebooks/picture.ipynb", lab.url) + "&reset")
+    api.expect(page.locator("#jp-main-statusbar")).to_contain_text("| Idle")
+    # smaller letters, as with two entries of JupyterLab's menu *Settings > Theme*, make a smaller file
+    page.add_style_tag(content="body { --jp-content-font-size1: 12px; --jp-code-font-size: 12px }")
+    output = page.locator(".jp-CodeCell .jp-OutputArea-output")
+    api.expect(output).to_be_visible()
+    page.wait_for_function("() => [...document.images].every(image => image.complete)")
+    found = page.locator(".jp-CodeCell") if "%%terminal" in cell.source else output
+    taken = found.screenshot()
+    page.close()
+    words = b"tEXtShows\0" + digest.encode()  # PNG has a place for words in a picture, after its head of 33 bytes
+    words = struct.pack(">I", len(words) - 4) + words + struct.pack(">I", zlib.crc32(words))
+    folder = kernels.NOTEBOOKS / "figures" if os.environ.get("COURSE_PICTURES") else tmp_path
+    (folder / picture).write_bytes(taken[:33] + words + taken[33:])
+    assert len(taken) < 100_000 and all(size > 100 for size in struct.unpack(">II", taken[16:24]))
 
 
 EXPERIMENT = """%load_ext course_tasks.classroom

@@ -1,6 +1,9 @@
 """What README says about the course's files, commands and addresses, and what chapter 00 says about the addresses."""
 
+import base64
+import hashlib
 import re
+import struct
 
 import nbformat
 import pytest
@@ -8,11 +11,30 @@ import pytest
 import course_tasks
 from course_tasks import copies, servers
 from course_tasks.__main__ import COMMANDS
+from course_tasks.authoring import kernels
+from course_tasks.classroom import terminal
 from course_tasks.install import ROOT
 
 README = (ROOT / "README.md").read_text()
 ROWS = re.findall(r"(?m)^\| ([^|\n]+) \| (.*) \| (.*) \|$", README.partition("### To change something")[2])[1:]
 CODE = re.compile(r"`([^`\n]+)`")
+# README's pictures of JupyterLab, each with the chapter and the cell that it shows; see `pictured`
+PICTURES = {"terminal-cell.png": ("00", "worker"), "pools.png": ("05", "decide"), "trail.png": ("07d", "trail")}
+TAKE = "COURSE_PICTURES=1 .venv/bin/python -m pytest course_tasks/tests/test_browser.py -k pictures"
+
+
+def pictured(picture: str) -> tuple[nbformat.NotebookNode, nbformat.NotebookNode, str]:
+    """What a picture shows: the chapter, the cell, and a digest of the cell without the numbers that each run changes.
+
+    `test_browser.py` takes the pictures and writes the digest into them, so that the test below knows an old one.
+    """
+    chapter, name = PICTURES[picture]
+    notebook = nbformat.read(copies.chapters()[chapter], as_version=4)
+    [cell] = (cell for cell in notebook.cells if cell.id == name)
+    seen = "".join(output.data["text/html"] for output in cell.outputs)
+    seen = re.sub(r"base64,([^\"]+)", lambda found: base64.b64decode(found[1]).decode(), seen)
+    parts = {re.sub(r"0x[0-9a-f]+|[\d.]+", "", part) for part in re.findall(r"<[^>]+>|[^<>\n]+", seen)}
+    return notebook, cell, hashlib.sha256("\n".join([cell.source, *sorted(parts)]).encode()).hexdigest()
 
 
 @pytest.mark.parametrize("chapter", copies.chapters())
@@ -45,6 +67,28 @@ def test_readme_says_how_long_the_course_is():
     assert [int(number) for number in said.groups()] == hours, (
         "the chapters have changed: write these hours into README"
     )
+
+
+@pytest.mark.parametrize("picture", PICTURES)
+def test_a_picture_shows_the_cell_as_it_is_now_and_is_small(picture):
+    content = (kernels.NOTEBOOKS / "figures" / picture).read_bytes()
+    assert len(content) < 100_000 and max(struct.unpack(">II", content[16:24])) < 900
+    assert f"tEXtShows\0{pictured(picture)[-1]}".encode() in content, (
+        f"what {picture} shows has changed. Take it anew: {TAKE}"
+    )
+    [text] = re.findall(rf"!\[([^]]+)\]\(notebooks/figures/{picture}\)", README)
+    assert len(text) > 40
+
+
+def test_the_first_screen_has_what_you_will_be_able_to_do_how_long_it_takes_the_commands_and_the_pictures():
+    first = README.partition("\n## ")[0] + README.partition("\n## Start\n")[2].partition("\n## ")[0]
+    first = "\n".join(first.splitlines()[:60])
+    for part in ("you can", "It takes", "-m course_tasks lab", "-m course_tasks test", *PICTURES):
+        assert part in first, part
+
+
+def test_readme_names_the_limits_of_a_log():
+    assert f"A pane shows the last {terminal.SHOWN} lines, and `%tail` prints up to {terminal.PRINTED:,}." in README
 
 
 def test_every_command_in_readme_is_one():
