@@ -185,6 +185,8 @@ def understood(command, options):
     try:
         known, wrong = parser.parse_known_args(options)
         problem = f"{command} takes no {wrong[0]}" if wrong else ""
+        if command == "install" and known.dev and known.pack:
+            problem = "A file of `pack` is for learners, so install takes --dev or --from"
     except argparse.ArgumentError as error:
         problem = f"{command}: {error}"
     if problem:

@@ -83,16 +83,13 @@ def _home() -> Iterator[Finding]:
         return
     share = Path("Library") if sys.platform == "darwin" else Path(os.environ.get("XDG_DATA_HOME") or ".local/share")
     data = Path(os.environ.get("JUPYTER_DATA_DIR") or home / share / "jupyter")
-    for folder in (os.environ.get("JUPYTER_RUNTIME_DIR") or data, os.environ.get("JUPYTER_CONFIG_DIR") or ".jupyter"):
-        place = home / folder
-        while not place.exists() and place != place.parent:
-            place = place.parent
-        try:
-            tempfile.TemporaryDirectory(dir=place).cleanup()
-        except OSError as error:
-            text = f"Jupyter can't write to {place} ({error.strerror}). Set HOME to a folder of your own"
-            yield "!!", "home", text
-            return
+    place = home / (os.environ.get("JUPYTER_RUNTIME_DIR") or data)  # it does without the folder of its settings
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        tempfile.TemporaryDirectory(dir=place).cleanup()
+    except OSError as error:
+        yield "!!", "home", f"Jupyter can't write to {place} ({error.strerror}). Set HOME to a folder of your own"
 
 
 def _files() -> Iterator[Finding]:

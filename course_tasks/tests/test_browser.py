@@ -14,6 +14,7 @@ import threading
 import zlib
 from pathlib import Path
 from urllib.parse import urlsplit
+from uuid import uuid4
 
 import nbformat
 import psutil
@@ -83,6 +84,10 @@ class Lab:
         # a full pipe would stop Lab
         threading.Thread(target=self.said.extend, args=[self.process.stdout], daemon=True).start()
 
+    def address(self, name: str) -> str:
+        """The URL of a notebook, in a workspace of its own: nothing that another page has left open is there."""
+        return re.sub(r"/lab[^?]*", f"/lab/workspaces/{uuid4().hex}/tree/my_notebooks/{name}", self.url)
+
     def cells(self, name: str = WELCOME) -> list[dict]:
         """The saved chapter's code cells."""
         notebook = json.loads((self.notebooks / name).read_text())
@@ -148,8 +153,7 @@ def page(context, lab, request):
     page = context.new_page()
     page.emulate_media(color_scheme=theme)
     page.set_default_timeout(WAIT)
-    url = lab.url if name == WELCOME else re.sub(r"/lab[^?]*", f"/lab/tree/my_notebooks/{name}", lab.url)
-    page.goto(url + "&reset")  # without what other tests have left open
+    page.goto(lab.address(name))
     # the status bar: the indicator at the top says "idle" before there is a kernel too, and what is run then is lost
     api.expect(page.locator("#jp-main-statusbar")).to_contain_text("| Idle")
     yield page
@@ -204,7 +208,8 @@ def save(page: api.Page, lab: Lab, name: str = WELCOME) -> None:
 
 
 def test_lab_opens_on_chapter_00_and_run_all_shows_the_workers_log_which_grows_and_stop_stops_it(page, lab):
-    assert page.url.partition("?")[0].endswith("/lab/tree/my_notebooks/00_welcome.ipynb")
+    assert urlsplit(lab.url).path == "/lab/tree/my_notebooks/00_welcome.ipynb"
+    assert page.url.partition("?")[0].endswith("/tree/my_notebooks/00_welcome.ipynb")
     assert all(cell["outputs"] == [] for cell in lab.cells()), "no answer is seen before its question"
     api.expect(page.get_by_role("heading", name=re.compile("^00 Welcome"))).to_be_visible()
     picture = page.locator("img[alt*=backend]")
@@ -270,7 +275,7 @@ def test_answers_are_counted_and_the_map_leads_to_the_next_chapter_in_both_theme
             assert rows.nth(2).locator(what).first.evaluate(CONTRAST) > 4.5, (theme, what)
     rows.nth(2).get_by_role("link").click()
     api.expect(page.get_by_role("heading", name=re.compile("^01 Broker"))).to_be_visible()
-    assert page.url.partition("?")[0].endswith("/lab/tree/my_notebooks/01_broker.ipynb")
+    assert page.url.partition("?")[0].endswith("/tree/my_notebooks/01_broker.ipynb")
 
 
 def test_a_chapter_leads_to_the_reference_page_and_a_link_there_to_the_cell_of_a_chapter(page, lab):
@@ -369,7 +374,7 @@ def test_the_stored_chapters_are_accessible_in_both_themes_before_they_are_trust
         data=json.dumps({"raw": json.dumps({"windowingMode": "none"})}),  # else Lab has only the cells near the view
     )
     assert answer.ok, answer.text()
-    page.goto(re.sub(r"/lab[^?]*", "/lab/tree/my_notebooks/all.ipynb", lab.url) + "&reset")
+    page.goto(lab.address("all.ipynb"))
     api.expect(page.locator(".jp-Notebook .jp-Cell")).to_have_count(len(everything.cells), timeout=3 * WAIT)
     page.wait_for_function("() => [...document.images].every(image => image.complete)")
     for theme in ("light", "dark"):

@@ -206,12 +206,12 @@ def test_an_answer_that_comes_too_late_is_not_left_in_the_broker_and_a_later_ord
     with (
         working(NOBODY, "--pool=threads", "-c", "1", "--without-mingle"),
         connected(NOBODY) as client,
-        Redis.from_url(broker(NOBODY)) as server,
+        client.connection_for_write() as connection,
     ):
         with Journey(client, LONG) as journey:
             client.send_task("add", args=(4, 5)).get(timeout=60)
             # a worker does so that has looked up where to send it just before the queue was given up
-            server.lpush(journey._answers, "late")
+            connection.Producer().publish({"late@here": {"ok": "late"}}, routing_key=journey._answers)
         assert [list(answer.values()) for answer in client.control.ping(timeout=60, limit=1)] == [[{"ok": "pong"}]]
 
 
