@@ -287,7 +287,7 @@ def test_a_chapter_leads_to_the_reference_page_and_a_link_there_to_the_cell_of_a
     row.get_by_role("link", name="03c", exact=True).click()
     here = re.compile("^Nobody has to die for a task to run twice")
     api.expect(page.get_by_role("heading", name=here)).to_be_in_viewport()
-    assert page.url.partition("?")[0].endswith("/lab/tree/my_notebooks/03c_stopping.ipynb")
+    assert page.url.partition("?")[0].endswith("/tree/my_notebooks/03c_stopping.ipynb")
 
 
 def test_a_running_pane_follows_and_closing_lab_leaves_no_worker(page, lab):
@@ -390,8 +390,9 @@ def test_readmes_pictures_can_be_taken_and_are_kept_if_that_is_asked_for(context
     notebook.cells = [nbformat.v4.new_markdown_cell("the selected cell"), cell]
     (lab.notebooks / "picture.ipynb").write_text(nbformat.writes(notebook))
     page = context.new_page()
+    page.set_default_timeout(WAIT)
     page.set_viewport_size({"width": 1100, "height": 1000})
-    page.goto(re.sub(r"/lab[^?]*", "/lab/tree/my_notebooks/picture.ipynb", lab.url) + "&reset")
+    page.goto(lab.address("picture.ipynb"))
     api.expect(page.locator("#jp-main-statusbar")).to_contain_text("| Idle")
     # smaller letters, as with two entries of JupyterLab's menu *Settings > Theme*, make a smaller file
     page.add_style_tag(content="body { --jp-content-font-size1: 12px; --jp-code-font-size: 12px }")
