@@ -1,21 +1,24 @@
-"""The exercises of chapter 06."""
+"""The exercises and the quiz of chapter 06."""
 
 import math
+import time
 from collections.abc import Callable
 
 from celery import Celery
 
 from course_tasks.exercises import Exercise, Question, called, unfit_spans
-from course_tasks.spans import slots
+from course_tasks.exercises.project import Project
+from course_tasks.spans import at_once
 
 TASKS, ROUNDS, SECONDS = 24, 3, 0.3
-NUMBERS = [(8, 4), (10, 10), (11, 10), (9, 2), (3, 8), (7, 3), (0, 4)]  # of tasks and slots
+NUMBERS = [(8, 4), (10, 10), (11, 10), (9, 2), (3, 8), (7, 3), (10_001, 10_000), (0, 4)]  # of tasks and slots
 
 
 def _rounds(answer: Callable) -> str | None:
     for tasks, number in NUMBERS:
         said = called(answer, tasks, number, case=f"for {tasks} tasks on {number} slots, ")
-        if said != (right := math.ceil(tasks / number)):
+        right = math.ceil(tasks / number)
+        if said != right or isinstance(said, bool):
             return f"it says {said!r} for {tasks} tasks on {number} slots. They take {right}."
     return None
 
@@ -23,10 +26,19 @@ def _rounds(answer: Callable) -> str | None:
 def _three(answer: list) -> str | None:
     if reason := unfit_spans(answer, TASKS, SECONDS):
         return reason
-    number, fewest = max(len(slots(answer)), _slots_of_worker(answer)), math.ceil(TASKS / ROUNDS)
+    together, number = at_once(answer), _slots_of_worker(answer)
+    if not number:
+        return "no worker that is running now has run them. Is the worker still there? Send the tasks again."
+    if together == 1:
+        return "they ran one by one. Send all of them before you wait for the first result."
+    number = max(together, number)
     if (took := math.ceil(TASKS / number)) != ROUNDS:
         return f"{TASKS} tasks on {number} slot{'s' * (number > 1)} took {took} rounds. Which slots make it {ROUNDS}?"
-    return f"they took {ROUNDS} rounds, but on {number} slots. Fewer would do." if number > fewest else None
+    if number > TASKS / ROUNDS:
+        return f"they took {ROUNDS} rounds, but on {number} slots. Fewer would do."
+    if 2 * together < number:
+        return f"at most {together} of them ran at the same time, on {number} slots. Send all of them at once."
+    return None
 
 
 def _slots_of_worker(spans: list) -> int:
@@ -35,13 +47,82 @@ def _slots_of_worker(spans: list) -> int:
     On a busy machine a worker may be slow to start tasks. Then its spans use fewer slots than it has.
     """
     pids = {span["pid"] for span in spans}
-    app = Celery(set_as_current=False)
-    with app.connection_for_write() as connection:  # not the pool's, which would stay open
-        for _ in range(3):  # it may not hear the first question in time
-            for told in (app.control.inspect(timeout=1, connection=connection).stats() or {}).values():
-                if pids <= {told["pid"], *told["pool"].get("processes", ())}:
-                    return told["pool"]["max-concurrency"]
+    for told in _stats(Celery(set_as_current=False), lambda told: pids <= _pids(told)).values():
+        if pids <= _pids(told):
+            return told["pool"]["max-concurrency"]
     return 0
+
+
+def _pids(told: dict) -> set[int]:
+    return {told["pid"], *told["pool"].get("processes", ())}
+
+
+def _stats(app: Celery, wanted: Callable[[dict], bool]) -> dict[str, dict]:
+    """What all workers say about themselves. They are asked up to three times, until one says what is wanted."""
+    found: dict[str, dict] = {}
+    with app.connection_for_write() as connection:  # not the pool's, which would stay open
+        for _ in range(3):  # a worker may not hear the first question in time
+            found |= app.control.inspect(timeout=1, connection=connection).stats() or {}
+            if any(map(wanted, found.values())):
+                break
+    return found
+
+
+PAYMENTS, CALLS = 12, 4
+
+
+def _payments(folder: str) -> str | None:
+    with Project(folder) as project:
+        project.worker("python start.py")
+        client, deadline = project.client(), time.monotonic() + 20
+        found: dict[str, dict] = {}
+        queues: dict[str, list[dict]] = {}
+        with client.connection_for_write() as connection:
+            ask = client.control.inspect(timeout=1, connection=connection, limit=2)  # it waits for two answers at most
+            while len(found) < 2 and time.monotonic() < deadline - (16 if found else 0):
+                found |= ask.stats() or {}
+            while len(queues) < len(found) and time.monotonic() < deadline:
+                queues |= ask.active_queues() or {}
+        if len(found) < 2:
+            return "two workers should be running, and only one answers. Do they have different node names?"
+        reading = [name for name in found if "celery" in [queue["name"] for queue in queues.get(name, [])]]
+        if len(reading) < 2:
+            return "the payments are in the queue celery, and not both workers read it."
+        payments = [client.send_task("pay", args=(0.3,)) for _ in range(PAYMENTS)]
+        most = 0
+        while not all(payment.ready() for payment in payments) and time.monotonic() < deadline:
+            most = max(most, int(project.broker.get("open calls") or 0))
+            time.sleep(0.01)
+        failed = sum(payment.failed() for payment in payments)
+        if failed or most > CALLS:
+            seen = f"{failed} of {PAYMENTS} payments failed" if failed else f"there were {most} calls at the same time"
+            return f"{seen}. How many slots do your workers have together?"
+        if not all(payment.successful() for payment in payments):
+            return f"{PAYMENTS} payments were not done after 20 s. Which queues do the workers read?"
+        slots = sum(_most_slots(told) for told in found.values())
+        few = f"no payment failed, but the workers have only {slots} slots together. The bank allows {CALLS} calls."
+        return few if slots < CALLS else None
+
+
+def _most_slots(told: dict) -> int:
+    return told["autoscaler"]["max"] if "autoscaler" in told else told["pool"]["max-concurrency"]
+
+
+def _start(*workers: str) -> str:
+    """A cell that writes start.py, for workers with these options."""
+    commands = ",\n    ".join(
+        f'"celery -A bank worker --loglevel=INFO --without-mingle {options}"' for options in workers
+    )
+    return f"""%%writefile scratch/bank/start.py
+import subprocess
+
+commands = [
+    {commands},
+]
+workers = [subprocess.Popen(command.split()) for command in commands]
+for worker in workers:
+    worker.wait()
+"""
 
 
 RUN = 'answer = run_tasks(client, "wait", args=(0.3,), count={}, queue="{}")'
@@ -56,8 +137,18 @@ EXERCISES = {
             "answer = lambda tasks, slots: tasks // slots + 1": "it says 3 for 8 tasks on 4",
             "answer = lambda tasks, slots: round(tasks / slots)": "it says 1 for 11 tasks on 10 slots. They",
             "answer = lambda tasks, slots: max(1, math.ceil(tasks / slots))": "it says 1 for 0 tasks",
+            "answer = lambda tasks, slots: int(tasks / slots + 0.999)": "it says 1 for 10001 tasks",
+            "answer = lambda tasks, slots: tasks > slots or math.ceil(tasks / slots)": "it says True for 8 tasks",
             "answer = 3": "should be a function",
         },
+        right=(
+            "answer = lambda tasks, slots: -(-tasks // slots)",
+            "def answer(tasks, slots):\n    full, left = divmod(tasks, slots)\n    return full + (left > 0)",
+            "class Rounds:\n"
+            "    def __call__(self, tasks, slots):\n"
+            "        return float(len(range(0, tasks, slots)))\n"
+            "answer = Rounds()",
+        ),
     ),
     "06-2": Exercise(
         kind=list,
@@ -69,7 +160,39 @@ EXERCISES = {
             'answer = [client.send_task("wait", args=(0.3,), queue="threads") for _ in range(24)]\n'
             "for result in answer:\n"
             "    result.get(timeout=60)": "not what the tasks return",
+            "answer = []\n"
+            "for _ in range(24):\n"
+            '    answer += run_tasks(client, "wait", args=(0.001,), queue="threads")\n'
+            "for number, span in enumerate(answer):\n"
+            "    span.update(seconds=0.3, start=number, end=number + 1)": "they ran one by one",
+            "answer = [\n"
+            '    {"pid": 1, "thread": f"t_{n % 8}", "start": n // 8, "end": n // 8 + 1, "delayed": 0, "seconds": 0.3}\n'
+            "    for n in range(24)\n"
+            "]": "no worker that is running now",
         },
+        right=(
+            "from celery import group\n\n"
+            'call = client.signature("wait", kwargs={"seconds": 0.3}, queue="threads")\n'
+            "answer = group([call] * 24).apply_async().get(timeout=20)",
+            'sent = [client.send_task("wait", (0.3,), queue="threads") for _ in range(24)]\n'
+            "answer = [result.get(timeout=20) for result in reversed(sent)]",
+        ),
+    ),
+    "06-3": Exercise(
+        kind=str,
+        judge=_payments,
+        project="scratch/bank",
+        wrong={
+            _start("--pool=threads -c 3 -n one@%h", "--pool=threads -c 3 -n two@%h"): "payments failed",
+            _start("--pool=threads -c 1 -n one@%h", "--pool=threads -c 1 -n two@%h"): "have only 2 slots together",
+            _start("--pool=threads -c 4 -n one@%h"): "only one answers",
+            _start("--pool=threads -n one@%h", "--pool=threads -n two@%h -Q others"): "not both workers read it",
+            _start("--pool=thread -n one@%h"): "ended before it was ready",
+        },
+        right=(
+            _start("--pool=threads -c 1 -n one@%h", "--pool=gevent -c 3 -n two@%h"),
+            _start("--pool=prefork -n one@%h", "--pool=threads --autoscale=2,2 -n two@%h".replace("threads", "gevent")),
+        ),
     ),
 }
 
@@ -94,14 +217,6 @@ QUIZ = {
         },
     ),
     "06-3": Question(
-        right="a",
-        wrong={
-            "b": "the machine still has four processors, and all of them were busy before.",
-            "c": "the processes take turns, and that costs very little.",
-            "d": "Celery makes as many children as you ask for.",
-        },
-    ),
-    "06-4": Question(
         right="d",
         wrong={
             "a": "the number holds for each worker, and two workers are running.",

@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import socketserver
@@ -38,8 +39,10 @@ from celery.exceptions import NotRegistered, TaskRevokedError
 from celery.exceptions import TimeoutError as ResultTimeout
 from celery.result import AsyncResult
 from celery.schedules import crontab
+from celery.utils import sysinfo
 from celery.utils.nodenames import default_nodename
 from celery.utils.time import get_exponential_backoff_interval
+from celery.worker import autoscale
 from celery.worker.heartbeat import Heart
 from kombu import Queue
 from kombu.exceptions import OperationalError
@@ -1209,6 +1212,142 @@ def test_a_chain_needs_no_backend_and_a_chord_does(project):
 
 
 # --- 06 ------------------------------------------------------------------------------------------------------
+
+SLOTTED = """
+import os
+import time
+
+import redis
+from celery import Celery
+
+app = Celery("slotted")
+app.conf.update(SETTINGS)
+pool = redis.BlockingConnectionPool.from_url(os.environ["CELERY_BROKER_URL"], max_connections=2)
+database = redis.Redis(connection_pool=pool)
+
+
+@app.task(name="nap")
+def nap(seconds):
+    time.sleep(seconds)
+
+
+@app.task(name="late", acks_late=True)
+def late(seconds):
+    time.sleep(seconds)
+
+
+@app.task(name="query")
+def query(seconds):
+    database.blpop("an empty list", timeout=seconds)
+"""
+SLOTTED_WORKER = "celery -A slotted worker --without-mingle --without-gossip"
+
+
+def write_slotted(folder: Path, **settings) -> None:
+    """Write a module `slotted` with an app and tasks that wait."""
+    folder.joinpath("slotted.py").write_text(SLOTTED.replace("SETTINGS", repr(settings)))
+
+
+def took(client: Celery, task: str, count: int, queue: str, seconds: float = 0.2) -> float:
+    """How long a worker needs for some equally long tasks."""
+    start = time.monotonic()
+    for result in [client.send_task(task, args=(seconds,), queue=queue) for _ in range(count)]:
+        result.get(timeout=60)
+    return time.monotonic() - start
+
+
+def test_without_a_number_each_pool_but_solo_has_a_slot_per_processor(project, tmp_path):
+    stands("06", "The default is the same for all pools but solo, which always has one slot.")
+    stands("06", "by default one per processor (solo always has one)", "You set it with `--concurrency`, or `-c`.")
+    write_slotted(tmp_path)
+    client = project.client()
+    for pool in ("prefork", "threads", "eventlet", "solo"):
+        project.worker(f"{SLOTTED_WORKER} --pool={pool} -n {pool}@%h -Q {pool}")
+        slots = node_stats(client, pool)["pool"]["max-concurrency"]
+        assert slots == (1 if pool == "solo" else os.cpu_count()), pool
+    project.worker(f"{SLOTTED_WORKER} --pool=solo -c 7 -n alone@%h -Q alone")
+    assert node_stats(client, "alone")["pool"]["max-concurrency"] == 1
+
+
+def test_auto_leaves_out_processors_and_respects_a_quota(project, tmp_path, monkeypatch):
+    stands("06", "With prefork, `auto` leaves out processors that the worker may not use")
+    stands("06", "on Linux it respects the CPU limit of a container (its **quota**)")
+    for quota in (1.0, 2.0, None):
+        monkeypatch.setattr(sysinfo, "cgroup_cpu_quota", lambda: quota)  # noqa: B023
+        assert sysinfo.cpu_budget().count == min(quota or 1e9, sysinfo.available_cpu_count())
+    write_slotted(tmp_path)
+    if hasattr(os, "sched_getaffinity") and shutil.which("taskset"):
+        processor = min(os.sched_getaffinity(0))
+        project.worker(f"taskset -c {processor} {SLOTTED_WORKER} -c auto -n one@%h")
+        assert node_stats(project.client(), "one")["pool"]["max-concurrency"] == 1
+
+
+def test_the_option_overrides_the_setting(project, tmp_path):
+    stands("06", "A command-line option overrides the setting in the file")
+    stands("06", "Without the option, the setting `worker_concurrency = 2` counts.")
+    write_slotted(tmp_path, worker_concurrency=2)
+    slots = {}
+    for name, option in {"with": "--concurrency=4", "without": ""}.items():
+        project.worker(f"{SLOTTED_WORKER} --pool=threads {option} -n {name}@%h -Q {name}")
+        slots[name] = node_stats(project.client(), name)["pool"]["max-concurrency"]
+    assert slots == {"with": 4, "without": 2}
+
+
+def test_a_library_that_waits_for_a_free_connection_gains_nothing_from_more_slots(project, tmp_path):
+    stands("06", "Other libraries wait for a free connection, and then the additional slots don't help.")
+    write_slotted(tmp_path)
+    client, seconds = project.client(), {}
+    for slots in (2, 8):
+        project.worker(f"{SLOTTED_WORKER} --pool=threads -c {slots} -n w{slots}@%h -Q q{slots}")
+        took(client, "query", 1, f"q{slots}", 0.01)
+        seconds[slots] = took(client, "query", 8, f"q{slots}", 0.5)
+    assert seconds[8] > 0.8 * 4 * 0.5, f"four rounds on two connections, however many slots: {seconds}"
+
+
+def test_the_main_process_replaces_a_child_that_died(project, tmp_path):
+    stands("06", "One task is lost, and the main process replaces the child.")
+    write_slotted(tmp_path)
+    project.worker(f"{SLOTTED_WORKER} --concurrency=2 -n w@%h")
+    client = project.client()
+    before = node_stats(client, "w")["pool"]["processes"]
+    os.kill(before[0], signal.SIGKILL)
+    until(lambda: before[0] not in (now := node_stats(client, "w")["pool"]["processes"]) and len(now) == 2, "a new one")
+
+
+def test_slots_of_autoscale_stay_30_seconds_and_green_workers_look_once_a_second(monkeypatch):
+    stands("06", "removes slots when no task has arrived for 30 seconds", "It looks for new tasks once a second")
+    environment = {name: value for name, value in os.environ.items() if name != "AUTOSCALE_KEEPALIVE"}
+    code = "from celery.worker import autoscale; print(autoscale.AUTOSCALE_KEEPALIVE)"
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert said.stdout == "30.0\n"
+    naps: list[float] = []
+    monkeypatch.setattr(autoscale, "sleep", naps.append)
+    scaler = autoscale.Autoscaler(SimpleNamespace(num_processes=1), 1, 1)
+    scaler.body()
+    assert naps == [1.0]
+
+
+def test_one_green_slot_is_quick_with_the_usual_multiplier_and_late_acknowledgement_stalls_more_slots(
+    project, tmp_path
+):
+    stands("06", "The fix is to leave the multiplier alone")
+    stands("06", "The second slot helps only with early acknowledgement, which is the default.")
+    stands("06", "With `acks_late` a worker with more slots can stall as well")
+    stands("06", "looks again only after two seconds")
+    write_slotted(tmp_path)
+    client = project.client()
+    for name, options in {
+        "usual": "-c 1",
+        "one": "-c 1 --prefetch-multiplier=1",
+        "two": "-c 2 --prefetch-multiplier=1",
+    }.items():
+        project.worker(f"{SLOTTED_WORKER} --pool=gevent {options} -n {name}@%h -Q {name}")
+        took(client, "nap", 1, name, 0.01)
+    slow = took(client, "nap", 3, "one")
+    assert took(client, "nap", 3, "usual") < slow / 2
+    assert took(client, "nap", 6, "two") < slow / 2
+    assert took(client, "late", 6, "two") > slow / 2
+    assert not Celery(set_as_current=False).conf.task_acks_late
 
 
 # --- 06b -----------------------------------------------------------------------------------------------------
