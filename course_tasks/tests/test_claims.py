@@ -8,6 +8,7 @@ import base64
 import contextlib
 import inspect
 import json
+import logging
 import os
 import re
 import signal
@@ -56,6 +57,7 @@ from course_tasks import copies
 from course_tasks.celery import app
 from course_tasks.celery import app as course_app
 from course_tasks.classroom import free_port
+from course_tasks.correlation import FORMAT, HEADER
 from course_tasks.exercises import WrongAnswer
 from course_tasks.exercises.project import Project
 from course_tasks.install import ROOT
@@ -1218,6 +1220,139 @@ def test_a_chain_needs_no_backend_and_a_chord_does(project):
 
 
 # --- 07b -----------------------------------------------------------------------------------------------------
+
+
+IDS = """
+import os
+import time
+from celery import Celery
+from celery.utils.log import get_task_logger
+from celery.worker.consumer import Consumer
+from celery.worker.request import Request
+from course_tasks import correlation
+{change}
+app = Celery("shop")
+correlation.install(app)
+{settings}
+logger = get_task_logger(__name__)
+@app.task(name="pack")
+def pack():
+    logger.info("packed")
+@app.task(name="hang", time_limit=1)
+def hang():
+    time.sleep(60)
+@app.task(name="lost")
+def lost():
+    os._exit(1)
+"""
+
+
+def ids_worker(
+    project: Project, name: str, change: str = "", settings: str = "", pool: str = "prefork -c 1", more: str = ""
+) -> None:
+    """Start a worker with the course's ids, changed somehow. Its module, its node and its queue have this name."""
+    (project.folder / f"{name}.py").write_text(IDS.format(change=change, settings=settings))
+    command = f"celery -A {name} worker --pool={pool} -Q {name} -n {name}@%h --without-mingle --without-gossip"
+    project.worker(f"{command} {more}")
+
+
+def under(project: Project, queue: str, task: str, id: str | None = "ada-7", **options) -> AsyncResult:
+    """Send a task under an id, from a client that knows no ids itself."""
+    return project.client().send_task(task, queue=queue, headers={HEADER: id} if id else {}, **options)
+
+
+def line_of(project: Project, *texts: str) -> str:
+    """Wait for a line of the log with all of these texts."""
+
+    def found() -> list[str]:
+        return [line for line in project.log().splitlines() if all(text in line for text in texts)]
+
+    return until(found, f"{texts} in the log", seconds=20)[0]
+
+
+@pytest.mark.parametrize(
+    "row, change, id, line, shown",
+    [
+        ("`_publish` | the first task's own id stands in", "", None, " received", "TASK"),
+        ("`_begin` | the lines of running tasks have a `-`", "_begin = lambda **_: None", "ada-7", ": packed", "-"),
+        ("`CorrelatedConsumer` | `received` has a `-`", "CorrelatedConsumer = Consumer", "ada-7", " received", "-"),
+        ("`CorrelatedRequest` | `Hard time limit` has a `-`", "CorrelatedRequest = Request", "ada-7", "Hard time", "-"),
+    ],
+)
+def test_each_part_of_the_ids_has_its_own_job(project, row, change, id, line, shown):
+    stands("07b", row)
+    ids_worker(project, "shop", change and f"correlation.{change}")
+    task = under(project, "shop", "hang" if line == "Hard time" else "pack", id)
+    shown = task.id if shown == "TASK" else shown
+    assert f" {shown}] " in line_of(project, line, task.id[:8])
+
+
+def test_a_line_whose_format_names_a_field_that_the_record_lacks_is_an_error():
+    stands("07b", "the lines are missing, because the formats name a field that no record has")
+    with pytest.raises(ValueError, match=HEADER):
+        logging.Formatter(FORMAT).format(logging.LogRecord("celery", logging.INFO, "a.py", 1, "ready.", None, None))
+
+
+def test_who_logs_what_about_a_task_and_the_main_process_s_lines_have_its_id(project):
+    stands(
+        "07b",
+        "The task's own line and `succeeded` have the id, because a child process logs them",
+        "because the main process logs them, and it doesn't run any task",
+        "`on_accepted` | a child process has started the task | `Task accepted`, at level DEBUG",
+        "`on_timeout` | a time limit is over | `Hard time limit (1s) exceeded`",
+        "`on_failure` | the child process has died | `Task handler raised error: WorkerLostError`",
+    )  # what the other three methods do is in test_correlation.py
+    formats = (
+        "worker_log_format = '%(processName)s ' + correlation.FORMAT",
+        "worker_task_log_format = '%(processName)s ' + correlation.TASK_FORMAT",
+    )
+    settings = "\n".join(f"app.conf.{setting}" for setting in formats)
+    ids_worker(project, "shop", settings=settings, pool="prefork -c 2", more="--loglevel=DEBUG #")
+    pack, hang, lost = (under(project, "shop", name) for name in ("pack", "hang", "lost"))
+    said = {
+        "MainProcess": [
+            *((" received", pack), ("Task accepted", pack), ("Hard time limit (1s) exceeded", hang)),
+            ("Task handler raised error: WorkerLostError", lost),
+        ],
+        "ForkPoolWorker": [(": packed", pack), (" succeeded in ", pack)],
+    }
+    for process, lines in said.items():
+        for text, task in lines:
+            line = line_of(project, text, "" if "WorkerLost" in text else task.id[:8])
+            assert line.startswith(process) and " ada-7] " in line, line
+
+
+def test_a_global_variable_would_do_for_one_task_at_a_time_only(project):
+    stands(
+        "07b",
+        "In prefork and solo, a process runs one task at a time, so a global variable would do. With threads, gevent "
+        "and eventlet, several tasks run in one process, and each of them would overwrite the id of the others.",
+        "Some lines of a task have the id of another request.",
+    )
+    change = """
+class Global:
+    value = None
+    def get(self):
+        return self.value
+    def set(self, value):
+        before, self.value = self.value, value
+        return before
+    reset = set
+correlation.correlation_id = Global()
+"""
+    settings = """
+@app.task(name="twice")
+def twice():
+    logger.warning("begins")
+    time.sleep(1)
+    logger.warning("ends")
+"""
+    for pool, right in (("prefork -c 2", True), ("solo", True), ("threads -c 2", False), ("gevent -c 2", False)):
+        name = pool.split()[0] + "_shop"
+        ids_worker(project, name, change, settings, pool)
+        tasks = {id: under(project, name, "twice", id).id[:8] for id in ("ada-7", "ben-8")}
+        lines = [line_of(project, f"twice[{task}]: ends").split("]")[0] for task in tasks.values()]
+        assert ([line.split()[-1] for line in lines] == list(tasks)) is right, pool
 
 
 # --- 07c -----------------------------------------------------------------------------------------------------
