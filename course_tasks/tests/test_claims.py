@@ -53,11 +53,11 @@ from redis.connection import Connection
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError
 
-from course_tasks import copies
+from course_tasks import copies, correlation
 from course_tasks.celery import app
 from course_tasks.celery import app as course_app
 from course_tasks.classroom import free_port
-from course_tasks.correlation import FORMAT, HEADER
+from course_tasks.correlation import FORMAT, HEADER, CorrelatedRequest, correlation_id
 from course_tasks.exercises import WrongAnswer
 from course_tasks.exercises.project import Project
 from course_tasks.install import ROOT
@@ -1253,7 +1253,7 @@ def ids_worker(
     """Start a worker with the course's ids, changed somehow. Its module, its node and its queue have this name."""
     (project.folder / f"{name}.py").write_text(IDS.format(change=change, settings=settings))
     command = f"celery -A {name} worker --pool={pool} -Q {name} -n {name}@%h --without-mingle --without-gossip"
-    project.worker(f"{command} {more}")
+    project.worker(command)
 
 
 def under(project: Project, queue: str, task: str, id: str | None = "ada-7", **options) -> AsyncResult:
@@ -1267,7 +1267,7 @@ def line_of(project: Project, *texts: str) -> str:
     def found() -> list[str]:
         return [line for line in project.log().splitlines() if all(text in line for text in texts)]
 
-    return until(found, f"{texts} in the log", seconds=20)[0]
+    return until(found, f"{texts} in the log:\n{project.log()}", seconds=20)[0]
 
 
 @pytest.mark.parametrize(
@@ -1298,7 +1298,6 @@ def test_who_logs_what_about_a_task_and_the_main_process_s_lines_have_its_id(pro
         "07b",
         "The task's own line and `succeeded` have the id, because a child process logs them",
         "because the main process logs them, and it doesn't run any task",
-        "`on_accepted` | a child process has started the task | `Task accepted`, at level DEBUG",
         "`on_timeout` | a time limit is over | `Hard time limit (1s) exceeded`",
         "`on_failure` | the child process has died | `Task handler raised error: WorkerLostError`",
     )  # what the other three methods do is in test_correlation.py
@@ -1307,11 +1306,12 @@ def test_who_logs_what_about_a_task_and_the_main_process_s_lines_have_its_id(pro
         "worker_task_log_format = '%(processName)s ' + correlation.TASK_FORMAT",
     )
     settings = "\n".join(f"app.conf.{setting}" for setting in formats)
-    ids_worker(project, "shop", settings=settings, pool="prefork -c 2", more="--loglevel=DEBUG #")
+    ids_worker(project, "shop", settings=settings, pool="prefork -c 2")
     pack, hang, lost = (under(project, "shop", name) for name in ("pack", "hang", "lost"))
     said = {
         "MainProcess": [
-            *((" received", pack), ("Task accepted", pack), ("Hard time limit (1s) exceeded", hang)),
+            (" received", pack),
+            ("Hard time limit (1s) exceeded", hang),
             ("Task handler raised error: WorkerLostError", lost),
         ],
         "ForkPoolWorker": [(": packed", pack), (" succeeded in ", pack)],
@@ -1320,6 +1320,26 @@ def test_who_logs_what_about_a_task_and_the_main_process_s_lines_have_its_id(pro
         for text, task in lines:
             line = line_of(project, text, "" if "WorkerLost" in text else task.id[:8])
             assert line.startswith(process) and " ada-7] " in line, line
+
+
+def test_a_message_that_can_not_be_acknowledged_is_logged_with_its_id(caplog):
+    stands("07b", "`on_accepted` | a child process has started the task | `Couldn't ack`, if the connection")
+
+    def broken(tag, multiple):
+        raise ConnectionError("broken")
+
+    seen = []
+    caplog.handler.addFilter(lambda record: seen.append((record.getMessage(), correlation_id.get())))
+    with kombu.Connection("memory://") as connection, connection.SimpleQueue("acknowledged") as queue:
+        sent = app.amqp.as_task_v2("1f2e", "add")
+        queue.put(sent.body, headers=sent.headers, **sent.properties)
+        message = queue.get(timeout=5)
+        message.channel = SimpleNamespace(basic_ack=broken)
+        on_ack, errors = message.ack_log_error, (ConnectionError,)
+        with correlation._current("ada-7"):
+            request = CorrelatedRequest(message, on_ack=on_ack, app=app, connection_errors=errors, task=add)
+    request.on_accepted(1, time.monotonic())
+    assert [id for text, id in seen if text.startswith("Couldn't ack")] == ["ada-7"]
 
 
 def test_a_global_variable_would_do_for_one_task_at_a_time_only(project):
