@@ -1334,7 +1334,7 @@ def test_a_message_that_can_not_be_acknowledged_is_logged_with_its_id(caplog):
         sent = app.amqp.as_task_v2("1f2e", "add")
         queue.put(sent.body, headers=sent.headers, **sent.properties)
         message = queue.get(timeout=5)
-        message.channel = SimpleNamespace(basic_ack=broken)
+        message.channel = SimpleNamespace(basic_ack=broken, no_ack_consumers=[])
         on_ack, errors = message.ack_log_error, (ConnectionError,)
         with correlation._current("ada-7"):
             request = CorrelatedRequest(message, on_ack=on_ack, app=app, connection_errors=errors, task=add)
