@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextvars import copy_context
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ import pytest
 from amqp.basic_message import Message
 from celery import Celery, chord, states
 from celery.app.control import Inspect
-from celery.app.task import extract_exec_options
+from celery.app.task import Context, extract_exec_options
 from celery.app.utils import find_app
 from celery.backends.base import Backend
 from celery.beat import Scheduler
@@ -58,7 +59,7 @@ from course_tasks.celery import app
 from course_tasks.celery import app as course_app
 from course_tasks.classroom import free_port
 from course_tasks.correlation import FORMAT, HEADER, CorrelatedRequest, correlation_id
-from course_tasks.exercises import WrongAnswer
+from course_tasks.exercises import WrongAnswer, chapter_07b
 from course_tasks.exercises.project import Project
 from course_tasks.install import ROOT
 from course_tasks.tasks import add
@@ -1376,6 +1377,108 @@ def twice():
 
 
 # --- 07c -----------------------------------------------------------------------------------------------------
+
+
+def test_a_message_without_root_id_has_the_task_s_own_id(project):
+    stands("07c", "Other clients may leave out `root_id` as well. Then the task's own id stands in.")
+    ids_worker(project, "shop")
+    client = project.client()
+    client.conf.task_protocol = 1  # an old one, without root_id
+    task = client.send_task("pack", queue="shop").id
+    assert f" {task}] " in line_of(project, "received", task)
+
+
+@pytest.mark.parametrize("redirects", [True, False])
+def test_a_worker_is_silent_about_a_wrong_format_because_it_redirects_stderr(project, redirects):
+    stands(
+        "07c",
+        "The task's own line is there, because a task logger has a format of its own (`worker_task_log_format`).",
+        "It sends what programs write to stderr to the same log",
+    )
+    settings = (
+        f"app.conf.update(worker_log_format='%(customer)s', worker_redirect_stdouts={redirects})\n"
+        "import sys\nfrom celery import signals\n"
+        "signals.worker_ready.connect(lambda **_: print(' ready.', file=sys.__stdout__, flush=True), weak=False)"
+    )
+    ids_worker(project, "shop", settings=settings)
+    task = under(project, "shop", "pack")
+    line_of(project, "pack[", ": packed")
+    if redirects:
+        assert not any(text in project.log() for text in ("received", task.id, "Logging error"))
+    else:
+        line_of(project, "--- Logging error ---")
+
+
+def test_a_header_with_a_name_of_celery_s_is_none_of_one_s_own():
+    stands("07c", "Celery uses about fifty names itself", "such as `id`, `task`, `args`, `chord` and `hostname`")
+    taken = {name for name in chapter_07b.taken() if not name.startswith("_")}
+    assert {"id", "task", "args", "chord", "hostname", "timelimit", "correlation_id"} < taken and 45 <= len(taken) <= 55
+    assert "shop_order" not in taken and Context({"shop_order": "a"}).headers == {"shop_order": "a"}
+    for name in taken:
+        if not callable(getattr(Context, name, None)):  # else it would take the place of a method
+            assert Context({name: "order-1"}).headers in (None, "order-1"), name
+
+
+def test_how_an_id_gets_into_a_thread_and_into_a_greenlet(project):
+    stands(
+        "07c",
+        "for a thread: `Thread(target=copy_context().run, args=(function,))`",
+        "for a greenlet: `gevent.spawn(copy_context().run, function)`",
+        "for an asyncio task: nothing, because it starts with a copy anyway.",
+        "everything that such a thread or greenlet logs has a `-`",
+    )
+    settings = """
+import asyncio, gevent, logging, threading
+from contextvars import copy_context
+log = logging.getLogger("library").warning
+async def tell():
+    log("an asyncio task")
+async def start():
+    await asyncio.create_task(tell())
+@app.task(name="helpers")
+def helpers():
+    threading.Thread(target=log, args=("a plain thread",)).start()
+    threading.Thread(target=copy_context().run, args=(log, "a carried thread")).start()
+    gevent.spawn(log, "a plain greenlet").join()
+    gevent.spawn(copy_context().run, log, "a carried greenlet").join()
+    asyncio.run(start())
+"""
+    ids_worker(project, "shop", settings=settings, pool="gevent")
+    under(project, "shop", "helpers")
+    ids = {"an asyncio task": "ada-7", "a carried thread": "ada-7", "a carried greenlet": "ada-7"}
+    ids |= {"a plain greenlet": "-", "a plain thread": "-"}
+    for text, id in ids.items():
+        assert f" {id}] {text}" in line_of(project, text)
+
+
+def test_two_threads_can_not_use_one_copy_of_a_context():
+    stands("07c", "Take a new copy for each of them, because two threads can't use one copy at the same time.")
+    context, inside, done = copy_context(), threading.Event(), threading.Event()
+    first = threading.Thread(target=context.run, args=(lambda: (inside.set(), done.wait(10)),))
+    first.start()
+    assert inside.wait(10)
+    with pytest.raises(RuntimeError):  # this is another thread
+        context.run(print)
+    done.set()
+    first.join()
+
+
+def test_a_base_class_with_a_request_of_its_own_keeps_that():
+    stands("07c", "But if you give one its own `Request`, derive that from `CorrelatedRequest`.")
+    code = """
+from celery import Celery, Task
+from celery.worker.request import Request
+from course_tasks.correlation import CorrelatedRequest, install
+class Own(Task): Request = Request
+class Derived(Task): Request = type("Ours", (CorrelatedRequest,), {})
+app = Celery("bases")
+install(app)
+def add(): pass
+bases = Task, Own, Derived
+print([issubclass(app.task(name=base.__name__, base=base)(add).Request, CorrelatedRequest) for base in bases])
+"""
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert said.stdout == "[True, False, True]\n", said.stderr
 
 
 # --- 07d -----------------------------------------------------------------------------------------------------
