@@ -1419,6 +1419,25 @@ def test_a_header_with_a_name_of_celery_s_is_none_of_one_s_own():
             assert Context({name: "order-1"}).headers in (None, "order-1"), name
 
 
+@pytest.mark.parametrize("pool", ["prefork -c 1", "threads"])
+def test_a_worker_dies_of_a_wrong_time_limit_and_so_does_the_next_one(project, pool):
+    stands(
+        "07c",
+        "The whole worker dies, and so do prefork and threads workers.",
+        "so the next worker would take it and die as well",
+    )
+    ids_worker(project, "shop", pool=pool)
+    under(project, "shop", "pack")
+    line_of(project, " succeeded in ")
+    project.client().send_task("pack", queue="shop", headers={"timelimit": "ten minutes"})
+    line_of(project, "ValueError: too many values to unpack")
+    until(lambda: project.broker.llen("shop") == 1, "the message is back in the queue", seconds=20)
+    with pytest.raises(WrongAnswer, match="ended before it was ready"):
+        ids_worker(project, "shop", pool=pool)
+        until(lambda: project.broker.llen("shop") == 1, "the message is back again", seconds=20)
+        raise WrongAnswer("ended before it was ready, or soon after")
+
+
 def test_how_an_id_gets_into_a_thread_and_into_a_greenlet(project):
     stands(
         "07c",
