@@ -8,6 +8,7 @@ import base64
 import contextlib
 import inspect
 import json
+import logging
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextvars import copy_context
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +31,7 @@ import pytest
 from amqp.basic_message import Message
 from celery import Celery, chord, states
 from celery.app.control import Inspect
-from celery.app.task import extract_exec_options
+from celery.app.task import Context, extract_exec_options
 from celery.app.utils import find_app
 from celery.backends.base import Backend
 from celery.beat import Scheduler
@@ -55,11 +57,12 @@ from redis.connection import Connection
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError
 
-from course_tasks import copies
+from course_tasks import copies, correlation
 from course_tasks.celery import app
 from course_tasks.celery import app as course_app
 from course_tasks.classroom import free_port
-from course_tasks.exercises import WrongAnswer
+from course_tasks.correlation import FORMAT, HEADER, CorrelatedRequest, correlation_id
+from course_tasks.exercises import WrongAnswer, chapter_07b
 from course_tasks.exercises.project import Project
 from course_tasks.install import ROOT
 from course_tasks.tasks import add
@@ -1359,7 +1362,281 @@ def test_one_green_slot_is_quick_with_the_usual_multiplier_and_late_acknowledgem
 # --- 07b -----------------------------------------------------------------------------------------------------
 
 
+IDS = """
+import os
+import time
+from celery import Celery
+from celery.utils.log import get_task_logger
+from celery.worker.consumer import Consumer
+from celery.worker.request import Request
+from course_tasks import correlation
+{change}
+app = Celery("shop")
+correlation.install(app)
+{settings}
+logger = get_task_logger(__name__)
+@app.task(name="pack")
+def pack():
+    logger.info("packed")
+@app.task(name="hang", time_limit=1)
+def hang():
+    time.sleep(60)
+@app.task(name="lost")
+def lost():
+    os._exit(1)
+"""
+
+
+def ids_worker(
+    project: Project, name: str, change: str = "", settings: str = "", pool: str = "prefork -c 1", more: str = ""
+) -> None:
+    """Start a worker with the course's ids, changed somehow. Its module, its node and its queue have this name."""
+    (project.folder / f"{name}.py").write_text(IDS.format(change=change, settings=settings))
+    command = f"celery -A {name} worker --pool={pool} -Q {name} -n {name}@%h --without-mingle --without-gossip"
+    project.worker(command)
+
+
+def under(project: Project, queue: str, task: str, id: str | None = "ada-7", **options) -> AsyncResult:
+    """Send a task under an id, from a client that knows no ids itself."""
+    return project.client().send_task(task, queue=queue, headers={HEADER: id} if id else {}, **options)
+
+
+def line_of(project: Project, *texts: str) -> str:
+    """Wait for a line of the log with all of these texts."""
+
+    def found() -> list[str]:
+        return [line for line in project.log().splitlines() if all(text in line for text in texts)]
+
+    return until(found, f"{texts} in the log:\n{project.log()}", seconds=20)[0]
+
+
+@pytest.mark.parametrize(
+    "row, change, id, line, shown",
+    [
+        ("`_publish` | the first task's own id stands in", "", None, " received", "TASK"),
+        ("`_begin` | the lines of running tasks have a `-`", "_begin = lambda **_: None", "ada-7", ": packed", "-"),
+        ("`CorrelatedConsumer` | `received` has a `-`", "CorrelatedConsumer = Consumer", "ada-7", " received", "-"),
+        ("`CorrelatedRequest` | `Hard time limit` has a `-`", "CorrelatedRequest = Request", "ada-7", "Hard time", "-"),
+    ],
+)
+def test_each_part_of_the_ids_has_its_own_job(project, row, change, id, line, shown):
+    stands("07b", row)
+    ids_worker(project, "shop", change and f"correlation.{change}")
+    task = under(project, "shop", "hang" if line == "Hard time" else "pack", id)
+    shown = task.id if shown == "TASK" else shown
+    assert f" {shown}] " in line_of(project, line, task.id[:8])
+
+
+def test_a_line_whose_format_names_a_field_that_the_record_lacks_is_an_error():
+    stands("07b", "the lines are missing, because the formats name a field that no record has")
+    with pytest.raises(ValueError, match=HEADER):
+        logging.Formatter(FORMAT).format(logging.LogRecord("celery", logging.INFO, "a.py", 1, "ready.", None, None))
+
+
+def test_who_logs_what_about_a_task_and_the_main_process_s_lines_have_its_id(project):
+    stands(
+        "07b",
+        "The task's own line and `succeeded` have the id, because a child process logs them",
+        "because the main process logs them, and it doesn't run any task",
+        "`on_timeout` | a time limit is over | `Hard time limit (1s) exceeded`",
+        "`on_failure` | the child process has died | `Task handler raised error: WorkerLostError`",
+    )  # what the other three methods do is in test_correlation.py
+    formats = (
+        "worker_log_format = '%(processName)s ' + correlation.FORMAT",
+        "worker_task_log_format = '%(processName)s ' + correlation.TASK_FORMAT",
+    )
+    settings = "\n".join(f"app.conf.{setting}" for setting in formats)
+    ids_worker(project, "shop", settings=settings, pool="prefork -c 2")
+    pack, hang, lost = (under(project, "shop", name) for name in ("pack", "hang", "lost"))
+    said = {
+        "MainProcess": [
+            (" received", pack),
+            ("Hard time limit (1s) exceeded", hang),
+            ("Task handler raised error: WorkerLostError", lost),
+        ],
+        "ForkPoolWorker": [(": packed", pack), (" succeeded in ", pack)],
+    }
+    for process, lines in said.items():
+        for text, task in lines:
+            line = line_of(project, text, "" if "WorkerLost" in text else task.id[:8])
+            assert line.startswith(process) and " ada-7] " in line, line
+
+
+def test_a_message_that_can_not_be_acknowledged_is_logged_with_its_id(caplog):
+    stands("07b", "`on_accepted` | a child process has started the task | `Couldn't ack`, if the connection")
+
+    def broken(tag, multiple):
+        raise ConnectionError("broken")
+
+    seen = []
+    caplog.handler.addFilter(lambda record: seen.append((record.getMessage(), correlation_id.get())))
+    with kombu.Connection("memory://") as connection, connection.SimpleQueue("acknowledged") as queue:
+        sent = app.amqp.as_task_v2("1f2e", "add")
+        queue.put(sent.body, headers=sent.headers, **sent.properties)
+        message = queue.get(timeout=5)
+        message.channel = SimpleNamespace(basic_ack=broken, no_ack_consumers=[])
+        on_ack, errors = message.ack_log_error, (ConnectionError,)
+        with correlation._current("ada-7"):
+            request = CorrelatedRequest(message, on_ack=on_ack, app=app, connection_errors=errors, task=add)
+    request.on_accepted(1, time.monotonic())
+    assert [id for text, id in seen if text.startswith("Couldn't ack")] == ["ada-7"]
+
+
+def test_a_global_variable_would_do_for_one_task_at_a_time_only(project):
+    stands(
+        "07b",
+        "In prefork and solo, a process runs one task at a time, so a global variable would do. With threads, gevent "
+        "and eventlet, several tasks run in one process, and each of them would overwrite the id of the others.",
+        "Some lines of a task have the id of another request.",
+    )
+    change = """
+class Global:
+    value = None
+    def get(self):
+        return self.value
+    def set(self, value):
+        before, self.value = self.value, value
+        return before
+    reset = set
+correlation.correlation_id = Global()
+"""
+    settings = """
+@app.task(name="twice")
+def twice():
+    logger.warning("begins")
+    time.sleep(1)
+    logger.warning("ends")
+"""
+    for pool, right in (("prefork -c 2", True), ("solo", True), ("threads -c 2", False), ("gevent -c 2", False)):
+        name = pool.split()[0] + "_shop"
+        ids_worker(project, name, change, settings, pool)
+        tasks = {id: under(project, name, "twice", id).id[:8] for id in ("ada-7", "ben-8")}
+        lines = [line_of(project, f"twice[{task}]: ends").split("]")[0] for task in tasks.values()]
+        assert ([line.split()[-1] for line in lines] == list(tasks)) is right, pool
+
+
 # --- 07c -----------------------------------------------------------------------------------------------------
+
+
+def test_a_message_without_root_id_has_the_task_s_own_id(project):
+    stands("07c", "Other clients may leave out `root_id` as well. Then the task's own id stands in.")
+    ids_worker(project, "shop")
+    client = project.client()
+    client.conf.task_protocol = 1  # an old one, without root_id
+    task = client.send_task("pack", queue="shop").id
+    assert f" {task}] " in line_of(project, "received", task)
+
+
+@pytest.mark.parametrize("redirects", [True, False])
+def test_a_worker_is_silent_about_a_wrong_format_because_it_redirects_stderr(project, redirects):
+    stands(
+        "07c",
+        "The task's own line is there, because a task logger has a format of its own (`worker_task_log_format`).",
+        "It sends what programs write to stderr to the same log",
+    )
+    settings = (
+        f"app.conf.update(worker_log_format='%(customer)s', worker_redirect_stdouts={redirects})\n"
+        "import sys\nfrom celery import signals\n"
+        "signals.worker_ready.connect(lambda **_: print(' ready.', file=sys.__stdout__, flush=True), weak=False)"
+    )
+    ids_worker(project, "shop", settings=settings)
+    task = under(project, "shop", "pack")
+    line_of(project, "pack[", ": packed")
+    if redirects:
+        assert not any(text in project.log() for text in ("received", task.id, "Logging error"))
+    else:
+        line_of(project, "--- Logging error ---")
+
+
+def test_a_header_with_a_name_of_celery_s_is_none_of_one_s_own():
+    stands("07c", "Celery uses about fifty names itself", "such as `id`, `task`, `args`, `chord` and `hostname`")
+    taken = {name for name in chapter_07b.taken() if not name.startswith("_")}
+    assert {"id", "task", "args", "chord", "hostname", "timelimit", "correlation_id"} < taken and 45 <= len(taken) <= 55
+    assert "shop_order" not in taken and Context({"shop_order": "a"}).headers == {"shop_order": "a"}
+    for name in taken:
+        if not callable(getattr(Context, name, None)):  # else it would take the place of a method
+            assert Context({name: "order-1"}).headers in (None, "order-1"), name
+
+
+@pytest.mark.parametrize("pool", ["prefork -c 1", "threads"])
+def test_a_worker_dies_of_a_wrong_time_limit_and_so_does_the_next_one(project, pool):
+    stands(
+        "07c",
+        "The whole worker dies, and so do prefork and threads workers.",
+        "so the next worker would take it and die as well",
+    )
+    ids_worker(project, "shop", pool=pool)
+    under(project, "shop", "pack")
+    line_of(project, " succeeded in ")
+    project.client().send_task("pack", queue="shop", headers={"timelimit": "ten minutes"})
+    line_of(project, "ValueError: too many values to unpack")
+    until(lambda: project.broker.llen("shop") == 1, "the message is back in the queue", seconds=20)
+    with pytest.raises(WrongAnswer, match="ended before it was ready"):
+        ids_worker(project, "shop", pool=pool)
+        until(lambda: project.broker.llen("shop") == 1, "the message is back again", seconds=20)
+        raise WrongAnswer("ended before it was ready, or soon after")
+
+
+def test_how_an_id_gets_into_a_thread_and_into_a_greenlet(project):
+    stands(
+        "07c",
+        "for a thread: `Thread(target=copy_context().run, args=(function,))`",
+        "for a greenlet: `gevent.spawn(copy_context().run, function)`",
+        "for an asyncio task: nothing, because it starts with a copy anyway.",
+        "everything that such a thread or greenlet logs has a `-`",
+    )
+    settings = """
+import asyncio, gevent, logging, threading
+from contextvars import copy_context
+log = logging.getLogger("library").warning
+async def tell():
+    log("an asyncio task")
+async def start():
+    await asyncio.create_task(tell())
+@app.task(name="helpers")
+def helpers():
+    threading.Thread(target=log, args=("a plain thread",)).start()
+    threading.Thread(target=copy_context().run, args=(log, "a carried thread")).start()
+    gevent.spawn(log, "a plain greenlet").join()
+    gevent.spawn(copy_context().run, log, "a carried greenlet").join()
+    asyncio.run(start())
+"""
+    ids_worker(project, "shop", settings=settings, pool="gevent")
+    under(project, "shop", "helpers")
+    ids = {"an asyncio task": "ada-7", "a carried thread": "ada-7", "a carried greenlet": "ada-7"}
+    ids |= {"a plain greenlet": "-", "a plain thread": "-"}
+    for text, id in ids.items():
+        assert f" {id}] {text}" in line_of(project, text)
+
+
+def test_two_threads_can_not_use_one_copy_of_a_context():
+    stands("07c", "Take a new copy for each of them, because two threads can't use one copy at the same time.")
+    context, inside, done = copy_context(), threading.Event(), threading.Event()
+    first = threading.Thread(target=context.run, args=(lambda: (inside.set(), done.wait(10)),))
+    first.start()
+    assert inside.wait(10)
+    with pytest.raises(RuntimeError):  # this is another thread
+        context.run(print)
+    done.set()
+    first.join()
+
+
+def test_a_base_class_with_a_request_of_its_own_keeps_that():
+    stands("07c", "But if you give one its own `Request`, derive that from `CorrelatedRequest`.")
+    code = """
+from celery import Celery, Task
+from celery.worker.request import Request
+from course_tasks.correlation import CorrelatedRequest, install
+class Own(Task): Request = Request
+class Derived(Task): Request = type("Ours", (CorrelatedRequest,), {})
+app = Celery("bases")
+install(app)
+def add(): pass
+bases = Task, Own, Derived
+print([issubclass(app.task(name=base.__name__, base=base)(add).Request, CorrelatedRequest) for base in bases])
+"""
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert said.stdout == "[True, False, True]\n", said.stderr
 
 
 # --- 07d -----------------------------------------------------------------------------------------------------
