@@ -1315,7 +1315,8 @@ class Pool:
         return bool(answers), any(began < each < end for each in beats)
 
     def at_once(self, task: str) -> str:
-        return "yes" if at_once(self.run(task, 0.8, count=2)) == 2 else "no"
+        """Whether two tasks run at the same time, at least once: a child that is just being replaced is late."""
+        return "yes" if any(at_once(self.run(task, 0.8, count=2)) == 2 for _ in range(3)) else "no"
 
     def gains(self, task: str) -> Any:
         """Whether two tasks use more than one processor, however busy the machine is."""
