@@ -1,66 +1,202 @@
-"""The exercises of chapter 05b."""
+"""The exercises and the quiz of chapter 05b."""
 
+import time
 from collections.abc import Callable
+from datetime import datetime
+from typing import Any
 
-from celery.result import AsyncResult
+from celery import Celery, _find_option_with_arg
+from celery.exceptions import TimeoutError
+from celery.states import READY_STATES
 
-from course_tasks.exercises import Exercise, Question, called
+from course_tasks.exercises import Exercise, Question, WrongAnswer, called
+from course_tasks.exercises.project import Project
 
-COMMANDS = {
-    "celery -A shop worker -P gevent -c 10": True,
-    "celery -A shop worker --pool gevent": True,
-    "celery -A shop worker --pool=gevent --concurrency=10": True,
-    "celery -A shop worker -Pgevent -c 10": False,
-    "celery -A shop worker --pool=prefork -n gevent@%h": False,
-    "celery -A shop worker": False,
-}
+QUEUES = ("prefork", "threads", "gevent", "solo")  # of the chapter's workers
+LIMITS = ("time_limit", "soft_time_limit")
+ALLOWED = 2  # seconds
+
+COMMANDS = (
+    "-P gevent -c 10",
+    "--pool gevent",
+    "--loglevel=INFO --pool=gevent --concurrency=10",
+    "-Pgevent -c 10",
+    "-P prefork -P gevent",
+    "--pool=threads --pool=gevent",
+    "-P gevent --pool=prefork",
+    "--pool=prefork -n gevent@%h",
+    "-Q gevent -P threads",
+    "-n -Pgevent@%h",
+    "-c 4",
+)
 
 
-def _ended(answer: AsyncResult) -> str | None:
-    try:
-        value = answer.get(timeout=10, propagate=False)
-    except Exception as error:
-        return f"nothing is known of it: {type(error).__name__}: {error}. Does a worker take from that queue?"
-    if answer.state == "SUCCESS":
-        return f"it ran to its end, and returned {value!r}: that pool did not keep to the limit, or it was too long."
-    if answer.state == "REVOKED":
-        return "you revoked it. Let the worker end it by itself."
+def _ended(answer: dict) -> str | None:
+    if answer.get("queue") not in QUEUES:
+        return f"no worker of this chapter reads the queue {answer.get('queue', 'celery')!r}."
+    value, state = _run(answer)
+    if state == "SUCCESS":
+        return f"the worker with {answer['queue']} ran it to its end: {_why(answer)}"
     if type(value).__name__ not in ("TimeLimitExceeded", "SoftTimeLimitExceeded"):
-        return f"it failed for another reason: {type(value).__name__}: {value}."
+        return f"it was not ended by a limit. It failed with {type(value).__name__}: {value}."
+    limits = [answer[name] for name in LIMITS if answer.get(name) is not None]
+    if limits and min(limits) > ALLOWED:
+        return f"the worker ended it, but only after {min(limits):g} s, and it should after at most {ALLOWED} s."
     return None
+
+
+def _run(options: dict) -> tuple[Any, str]:
+    """What became of a task of three seconds that was sent with these options."""
+    client = Celery(set_as_current=False)
+    try:
+        result = client.send_task("wait", args=(3,), **options)
+        try:
+            return result.get(timeout=20, propagate=False), result.state
+        finally:
+            result.forget()
+    except TimeoutError:
+        raise WrongAnswer("nobody has run it within 20 s. Does the worker run?") from None
+    except Exception as error:
+        raise WrongAnswer(f"send_task refused these options: {type(error).__name__}: {error}.") from error
+    finally:
+        client.close()
+
+
+def _why(options: dict) -> str:
+    limits = [options[name] for name in LIMITS if options.get(name) is not None]
+    if not limits:
+        return "your options have no time limit, or its name is misspelt."
+    return f"{min(limits):g} s is too long, or this pool doesn't obey that limit."
 
 
 def _patched(answer: Callable) -> str | None:
-    for command, right in COMMANDS.items():
-        said = called(answer, command, case=f"for {command!r}, ")
-        if said is not right:
-            return f"it says {said!r} of {command!r}. Celery {'patches' if right else 'does not patch'} there."
+    for options in COMMANDS:
+        words = f"celery -A shop worker {options}".split()
+        said, right = called(answer, [*words], case=f"for the options {options}, "), _celery_patches(words)
+        if not isinstance(said, bool):
+            return f"for the options {options} it returns {said!r}. It should return True or False."
+        if said != right:
+            return (
+                f"for the options {options} it returns {said}. Celery {'patches' if right else 'does not patch'} there."
+            )
     return None
 
 
-SEND = 'answer = client.send_task("nap", args=({},), queue="{}", {})'
+def _celery_patches(words: list[str]) -> bool:
+    """What Celery itself finds in a command, before it reads its options."""
+    try:
+        return _find_option_with_arg(words, ["-P"], ["--pool"]) == "gevent"
+    except KeyError:
+        return False
+
+
+QUESTIONS, SECONDS = 4, 1.0
+
+
+def _at_once(folder: str) -> str | None:
+    with Project(folder) as project:
+        project.worker("sh start.sh")
+        client = project.client()
+        slow = "the worker said that it is ready, but it doesn't run the tasks in time."
+        if not _answers(client, count=1, seconds=0, timeout=5):  # a worker's first task may be slow
+            return slow
+        if not (answers := _answers(client, QUESTIONS, SECONDS, timeout=20)):
+            return slow
+        if {answer["result"] for answer in answers} != {"in stock"}:
+            return f"the tasks return {answers[0]['result']!r}, and no longer 'in stock'."
+        ends = sorted(datetime.fromisoformat(answer["date_done"]) for answer in answers)
+        spread = (ends[-1] - ends[0]).total_seconds()
+        if spread < 0.9 * SECONDS:  # else at least one of them began when another one had ended
+            return None
+        return f"they were not asked at the same time: the last answer came {spread:.1f} s after the first."
+
+
+def _answers(client: Celery, count: int, seconds: float, timeout: float) -> list[dict] | None:
+    """What the backend has of so many questions; None if they are not all answered in time.
+
+    No receipts are kept, because they would look for the project's servers when these are gone.
+    """
+    ids = [client.send_task("ask", args=(seconds,)).id for _ in range(count)]
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        answers = [client.backend.get_task_meta(task_id) for task_id in ids]
+        if all(answer["status"] in READY_STATES for answer in answers):
+            return answers
+        time.sleep(0.02)
+    return None
+
+
+def _start(options: str) -> str:
+    """A cell that writes start.sh."""
+    return f"%%writefile scratch/stock/start.sh\nexec celery -A stock worker --loglevel=INFO {options}\n"
+
+
+WORDS = "def answer(words):\n    return {}"
 
 EXERCISES = {
     "05b-1": Exercise(
-        kind=AsyncResult,
+        kind=dict,
         judge=_ended,
         wrong={
-            SEND.format(3, "threads", "time_limit=1"): "it ran to its end",
-            SEND.format(3, "prefork", "timelimit=1"): "returned 'finished'",
-            SEND.format(9, "prefork", "")
-            + "\nwait_until(lambda: answer.state == 'STARTED')\nanswer.revoke(terminate=True)": "you revoked it",
-            SEND.format("'3'", "prefork", "time_limit=1"): "it failed for another reason",
+            'answer = {"queue": "threads", "time_limit": 1}': "with threads ran it to its end: 1 s is too long, or",
+            'answer = {"queue": "gevent", "soft_time_limit": 1}': "with gevent ran it to its end",
+            'answer = {"queue": "solo", "time_limit": 2, "soft_time_limit": 1}': "with solo ran it",
+            'answer = {"queue": "prefork", "timelimit": 1}': "no time limit, or its name is misspelt",
+            'answer = {"queue": "prefork", "time_limit": 2.5}': "only after 2.5 s",
+            'answer = {"queue": "prefork", "time_limit": 30}': "30 s is too long",
+            'answer = {"time_limit": 1}': "reads the queue 'celery'",
+            'answer = ("prefork", 1)': "should be a dictionary",
         },
+        right=(
+            'answer = {"queue": "gevent", "time_limit": 1.5}',
+            'answer = dict(queue="prefork", soft_time_limit=1, time_limit=60)',
+        ),
     ),
     "05b-2": Exercise(
         kind=Callable,
         judge=_patched,
         wrong={
-            "answer = lambda command: 'gevent' in command": "worker -Pgevent -c 10'. Celery does not",
-            "answer = lambda command: '-P gevent' in command": "--pool gevent'. Celery patches there",
-            "answer = lambda command: '-P gevent' in command or '--pool gevent' in command": "--pool=gevent",
+            WORDS.format("'gevent' in words"): "--pool=gevent --concurrency=10 it returns False",
+            WORDS.format("any('gevent' in word for word in words)"): "-Pgevent -c 10 it returns True",
+            WORDS.format("'-P gevent' in ' '.join(words)"): "--pool gevent it returns False",
+            WORDS.format(
+                "any(form in ' '.join(words) for form in ('-P gevent', '--pool gevent', '--pool=gevent'))"
+            ): "-P prefork -P gevent it returns True",
+            "import re\n\n" + WORDS.format("re.search('(-P |--pool[ =])gevent', ' '.join(words))"): (
+                "It should return True or False"
+            ),
+            WORDS.format("words[words.index('-P') + 1] == 'gevent'"): "your function raised ValueError",
             "answer = True": "should be a function",
         },
+        right=(
+            "import re\n\n"
+            "def answer(words):\n"
+            "    found = re.search(r'(?m)^(?:-P\\n|--pool\\n|--pool=)(.*)$', '\\n'.join(words))\n"
+            "    return bool(found) and found[1] == 'gevent'",
+            "def answer(words):\n"
+            "    match words:\n"
+            "        case ['-P' | '--pool', pool, *_]:\n"
+            "            return pool == 'gevent'\n"
+            "        case [word, *more]:\n"
+            "            return word == '--pool=gevent' if word.startswith('--pool=') else answer(more)\n"
+            "    return False",
+        ),
+    ),
+    "05b-3": Exercise(
+        kind=str,
+        judge=_at_once,
+        project="scratch/stock",
+        wrong={
+            _start("--pool=gevent --concurrency=100"): "they were not asked at the same time",
+            _start("--pool=prefork --concurrency=2"): "the last answer came 1.",
+            _start("--pool=solo --concurrency=20"): "answer came 3.",
+            _start("-Pgevent --concurrency=20"): "it doesn't run the tasks in time",
+            _start("--pool=thread --concurrency=20"): "ended before it was ready",
+        },
+        right=(
+            _start("-Pthreads -c 4"),
+            _start("-c 5 --pool=processes"),
+        ),
     ),
 }
 
@@ -107,11 +243,10 @@ QUIZ = {
         case=True,
     ),
     "05b-3": Question(
-        right="d",
+        right="b",
         wrong={
-            "a": "tasks share a global variable if they run in one process, as with threads or gevent.",
-            "b": "with prefork, the main process runs no tasks, so its own dictionary stays empty.",
-            "c": "a child runs many tasks one after the other, and it keeps its variables in between.",
+            "a": "this works only if the driver lets other greenlets run while it waits, and nobody knows that.",
+            "c": "a solo worker has one slot, so the thirty tasks would wait one after the other.",
         },
     ),
     "05b-4": Question(

@@ -23,6 +23,8 @@ from contextvars import copy_context
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+from unittest.mock import ANY
 
 import celery.backends
 import kombu
@@ -65,6 +67,7 @@ from course_tasks.correlation import FORMAT, HEADER, CorrelatedRequest, correlat
 from course_tasks.exercises import WrongAnswer, chapter_07b
 from course_tasks.exercises.project import Project
 from course_tasks.install import ROOT
+from course_tasks.spans import at_once, speedup
 from course_tasks.tasks import add
 from course_tasks.tests.plugin import cells, listens, until
 
@@ -1212,6 +1215,232 @@ def test_a_chain_needs_no_backend_and_a_chord_does(project):
 
 
 # --- 05b -----------------------------------------------------------------------------------------------------
+
+
+LIMITS = """
+import ctypes
+import hashlib
+import os
+import time
+from celery.signals import heartbeat_sent
+from course_tasks.celery import app
+from course_tasks.tasks import _delayed, _span
+
+libc, data, calls = ctypes.CDLL(None), bytes(20_000_000), 0
+
+@heartbeat_sent.connect
+def beat(**_):
+    print(f"a heartbeat {time.time()}")
+
+@app.task(name="count")
+def count():
+    global calls
+    calls += 1
+    return calls
+
+@app.task(name="in_c")
+def in_c(seconds):
+    start = time.time()
+    libc.usleep(int(seconds * 1_000_000))
+    return _span(seconds, start)
+
+@app.task(name="digest")
+def digest(seconds):
+    start, delayed, end = time.time(), _delayed(), time.thread_time() + seconds
+    while time.thread_time() < end:
+        hashlib.sha256(data)
+    return _span(seconds, start, _delayed() - delayed)
+
+@app.task(name="stubborn")
+def stubborn(seconds):
+    try:
+        time.sleep(seconds)
+    except:
+        return "caught"
+
+@app.task(name="sleeper")
+def sleeper():
+    return time.sleep.__module__
+"""
+
+
+KINDS = {(True, True): "yes", (True, False): "if the task waits", (False, False): "no"}
+
+
+class Pool:
+    """A worker of one pool with two slots, and what it can do, in the words of the chapter's table."""
+
+    def __init__(self, project: Project, pool: str):
+        self.project, self.pool, self.node = project, pool, f"limits@{socket.gethostname()}"
+        (project.folder / "limits.py").write_text(LIMITS)
+        self.client = project.client()
+        self.start(f"--pool={pool} -c 2 --max-tasks-per-child=2")
+
+    def start(self, options: str) -> None:
+        self.project.worker(f"celery -A limits worker {options} -n limits@%h --without-mingle --without-gossip")
+
+    def run(self, task: str, *args, count: int = 1, **options) -> list:
+        sent = [self.client.send_task(task, args=args, **options) for _ in range(count)]
+        return [result.get(timeout=60, propagate=False) for result in sent]
+
+    def running(self, task: str, seconds: float, **options) -> AsyncResult:
+        result = self.client.send_task(task, args=(seconds,), **options)
+        until(lambda: result.state != "PENDING", f"the start of {task}")
+        return result
+
+    def in_time(self, result: AsyncResult, seconds: float) -> bool:
+        """Whether a task ends before its time; not by its state, which may be any."""
+        began = time.monotonic()
+        result.get(timeout=60, propagate=False)
+        return time.monotonic() - began < seconds
+
+    def kinds(self, test) -> str:
+        """In the table's words: whether something works on a task that waits, and on one that computes."""
+        return KINDS[test("wait"), test("compute")]
+
+    def hard(self, task: str) -> bool:
+        return self.in_time(self.running(task, 2, time_limit=1), 1.8)
+
+    def soft(self, task: str) -> bool:
+        return self.in_time(self.running(task, 2, soft_time_limit=1), 1.8)
+
+    def revoke(self, task: str) -> bool:
+        result = self.running(task, 2)
+        self.client.control.revoke(result.id, terminate=True)
+        early = self.in_time(result, 1.5)
+        self.run("wait", 2)  # a task that is only said to be revoked would succeed meanwhile
+        return early and f"Task {task}[{result.id}] succeeded" not in self.project.log()
+
+    def busy(self, task: str) -> tuple[bool, bool]:
+        """Whether it answers a ping, and whether it sends heartbeats, during a task."""
+        result = self.running(task, 4)
+        began = time.time() + 0.2
+        answers = self.client.control.ping([self.node], timeout=1.5, limit=1)
+        end = result.get(timeout=60)["end"] - 0.2
+        beats = [float(each) for each in re.findall(r"a heartbeat (\S+)", self.project.log())]
+        return bool(answers), any(began < each < end for each in beats)
+
+    def at_once(self, task: str) -> str:
+        """Whether two tasks run at the same time, at least once: a child that is just being replaced is late."""
+        return "yes" if any(at_once(self.run(task, 0.8, count=2)) == 2 for _ in range(3)) else "no"
+
+    def gains(self, task: str) -> Any:
+        """Whether two tasks use more than one processor, however busy the machine is."""
+        if os.cpu_count() == 1:
+            return ANY
+        tries = (speedup(self.run(task, 0.4, count=2), delays=False) for _ in range(3))
+        return "yes" if any(gain > 1.4 for gain in tries) else "no"
+
+    def grows(self) -> str:
+        """What --autoscale does. The first worker is stopped for it."""
+        self.client.control.shutdown([self.node])
+        until(lambda: not self.client.control.ping([self.node], timeout=0.5), "the end of the first worker")
+        self.start(f"--pool={self.pool} --autoscale=4,2")
+        done = self.project.log().count(" succeeded in ")
+        for _ in range(6):
+            self.client.send_task("wait", args=(1,), ignore_result=True)
+        crash = "Unrecoverable error: AttributeError"
+        until(lambda: crash in (log := self.project.log()) or log.count(" succeeded in ") == done + 6, "all six tasks")
+        if crash in self.project.log():
+            return "it crashes"
+        return "yes" if "Scaling up" in self.project.log() else "no"
+
+
+def limits(pool: str) -> dict[str, str]:
+    """A pool's column in the chapter's table, by what one needs."""
+    text = "\n".join(cell.source for cell in cells(copies.chapters()["05b"], "markdown"))
+    rows = [line.strip("|").split(" | ") for line in text.partition("| You need |")[2].split("\n\n")[0].splitlines()]
+    at = ["prefork", "threads", "gevent", "eventlet", "solo"].index(pool) + 1
+    return {row[0].strip(): row[at].strip() for row in rows[2:]}
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "gevent", "eventlet", "solo"])
+def test_the_table_of_what_each_pool_can_do(project, pool):
+    can = Pool(project, pool)
+    highest = max(can.run("count")[0] for _ in range(6))
+    (pong, beats), (busy_pong, busy_beats) = can.busy("wait"), can.busy("compute")
+    assert limits(pool) == {
+        "a hard time limit": can.kinds(can.hard),
+        "a soft time limit": can.kinds(can.soft),
+        "`revoke(terminate=True)` to end a running task": can.kinds(can.revoke),
+        "`--max-tasks-per-child`": "yes" if highest <= 2 else "no",
+        "a global variable for all tasks": "yes" if highest == 6 else "no",
+        "to overlap waits in Python's modules": can.at_once("wait"),
+        "to overlap waits in a C library": can.at_once("in_c"),
+        "Python code that computes to gain": can.gains("compute"),
+        "C code that releases the GIL to gain": can.gains("digest"),
+        "an answer to a ping during a task": KINDS[pong, busy_pong],
+        "heartbeats during a task": KINDS[beats, busy_beats],
+        "`--autoscale`": can.grows(),
+    }
+
+
+def test_in_gevent_the_state_of_a_revoked_task_that_computes_is_a_matter_of_luck(project):
+    stands("05b", "The state is a matter of luck then: it may be `SUCCESS`, `REVOKED` or `FAILURE`.")
+    can, seen = Pool(project, "gevent"), set()
+    deadline = time.monotonic() + 60
+    while not {"SUCCESS", "REVOKED", "FAILURE"} <= seen and time.monotonic() < deadline:
+        result = can.running("compute", 0.3, **({"time_limit": 0.1} if "REVOKED" in seen else {}))
+        can.client.control.revoke(result.id, terminate=True) if "REVOKED" not in seen else None
+        result.get(timeout=20, propagate=False)
+        seen.add(result.state)
+    assert {"SUCCESS", "REVOKED", "FAILURE"} <= seen
+
+
+def test_in_gevent_a_bare_except_catches_the_time_limit(project):
+    stands("05b", "even a task that waits can escape it, with a bare `except:`")
+    assert Pool(project, "gevent").run("stubborn", 3, time_limit=0.5) == ["caught"]
+
+
+@pytest.mark.parametrize(
+    "setting, option, pool, module",
+    [
+        ("", "-P gevent", "gevent", "gevent.hub"),
+        ("", "--pool gevent", "gevent", "gevent.hub"),
+        ("", "--pool=gevent", "gevent", "gevent.hub"),
+        ("", "-Pgevent", "gevent", None),
+        ("", "-P prefork -P gevent", "gevent", None),
+        ("gevent", "", "gevent", None),
+        ("solo", "--pool=prefork", "solo", "time"),
+        ("solo", "--pool=threads", "thread", "time"),
+    ],
+)
+def test_what_celery_makes_of_each_way_to_name_a_pool(project, setting, option, pool, module):
+    stands(
+        "05b",
+        "| `-P gevent`, `--pool gevent`, `--pool=gevent` | gevent | yes |",
+        "| `-Pgevent` | gevent | no, it hangs |",
+        "| `-P prefork -P gevent` | gevent, because the last one wins | no, it hangs, because the *first* one counts",
+        '| `worker_pool = "gevent"` in the configuration | gevent | no, it hangs |',
+        "Any other pool on the command line wins over the configuration.",
+    )
+    (project.folder / "limits.py").write_text(LIMITS + (f"app.conf.worker_pool = {setting!r}\n" if setting else ""))
+    project.worker(f"celery -A limits worker {option} -c 2 --without-mingle --without-gossip")
+    assert f"concurrency: 2 ({pool})" in project.log()
+    result = project.client().send_task("sleeper")
+    if module:
+        assert result.get(timeout=20) == module
+    else:
+        until(lambda: not project.broker.llen("celery"), "the worker to take the message")
+        with pytest.raises(ResultTimeout):
+            result.get(timeout=2)
+
+
+def test_a_short_option_takes_no_equals_sign(project):
+    stands("05b", "| `-P=gevent` | it doesn't start, because a short option takes no `=` |")
+    (project.folder / "limits.py").write_text(LIMITS)
+    with pytest.raises(WrongAnswer, match="'=gevent' is not one of"):
+        project.worker("celery -A limits worker -P=gevent")
+
+
+def test_a_ping_asks_the_broker_as_well(project):
+    stands("05b", "It also asks the broker: if that is away, no worker can answer, and all are restarted.")
+    can = Pool(project, "threads")
+    command = f"celery -A limits inspect ping -d {can.node} --timeout 2"
+    assert "pong" in project.run(command)
+    project.broker.shutdown(nosave=True)
+    with pytest.raises(WrongAnswer, match=r"ended with an error|was still running"):
+        project.run(command, seconds=10)
 
 
 # --- 06 ------------------------------------------------------------------------------------------------------
