@@ -45,6 +45,7 @@ from celery.result import AsyncResult, GroupResult
 from celery.schedules import crontab
 from celery.utils.nodenames import default_nodename
 from celery.utils.time import get_exponential_backoff_interval
+from celery.worker.consumer.mingle import Mingle
 from celery.worker.heartbeat import Heart
 from kombu import Queue
 from kombu.exceptions import OperationalError
@@ -647,6 +648,21 @@ def test_mingle_asks_for_revoked_tasks_and_waits_a_second_and_gossip_hears_the_o
     begin, end, *_ = re.findall(r"\[\S+ (\S+): INFO/MainProcess\] mingle: (?:searching|all alone)", project.log())
     second = [datetime.strptime(time, "%H:%M:%S,%f") for time in (begin, end)]
     assert 1 <= (second[1] - second[0]).seconds < 3
+    waits = []
+    control = SimpleNamespace(
+        inspect=lambda timeout, **_: waits.append(timeout) or SimpleNamespace(hello=lambda *_: {})
+    )
+    state = SimpleNamespace(revoked=[])
+    Mingle.send_hello(
+        None,
+        SimpleNamespace(
+            app=SimpleNamespace(control=control),
+            controller=SimpleNamespace(state=state),
+            connection=None,
+            hostname="w",
+        ),
+    )
+    assert waits == [1]
     until(lambda: f"sync with {two}" in project.log(), "one hears of two")
 
 
@@ -1009,6 +1025,8 @@ def test_how_each_pool_stops(project, tmp_path, row, sent, task):
 def test_sigquit_is_a_cold_stop_and_a_soft_timeout_makes_no_difference_to_sigterm(project, tmp_path):
     stands("03c", "The signal SIGQUIT asks for it directly.")
     stands("03c", "It makes no difference to SIGTERM, which waits for ever anyway.")
+    stands("03c", "The long task was ended after two seconds", "that fits into the ten seconds of `docker stop`")
+    stands("03c", "Without that option it would have been lost")
     write_risk(tmp_path, worker_soft_shutdown_timeout=0.5)
     client = project.client()
     for number in (1, 2):
@@ -1016,10 +1034,12 @@ def test_sigquit_is_a_cold_stop_and_a_soft_timeout_makes_no_difference_to_sigter
         result = client.send_task("early", args=({1: 2, 2: 60}[number],), queue=f"q{number}")
         pid = node_stats(client, f"w{number}")["pid"]
         until(lambda: result.state == "STARTED", "the task starts")  # noqa: B023
+        asked = time.monotonic()
         os.kill(pid, {1: signal.SIGTERM, 2: signal.SIGQUIT}[number])
         until(lambda: not psutil.pid_exists(pid), "the worker ends")  # noqa: B023
         assert result.state == {1: "SUCCESS", 2: "RETRY"}[number]
         assert not project.broker.exists(f"q{number}", "unacked")
+        assert time.monotonic() - asked < 10  # what docker waits for, and far more than the 0.5 s of the setting
         assert ("Cold shutdown" in project.log()) == (number == 2)
 
 
