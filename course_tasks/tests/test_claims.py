@@ -859,7 +859,12 @@ def test_two_workers_share_and_answer_the_table_s_questions_and_a_shutdown_is_wa
     later = client.send_task("nap", args=(0,), countdown=60, queue="one")
     until(lambda: long.state == "STARTED", "the task starts")
     questions = ("stats", "registered", "scheduled", f"active -d one@{host}")
-    project.run("sh -c '" + " & ".join(f"celery inspect {it} >{n} 2>&1" for n, it in enumerate(questions)) + " & wait'")
+    project.run(
+        "sh -c '"
+        + " & ".join(f"celery inspect --timeout 3 {it} >{n} 2>&1" for n, it in enumerate(questions))
+        + " & wait'",
+        seconds=60,
+    )
     said = [tmp_path.joinpath(str(n)).read_text() for n in range(4)]
     assert str(stats[f"two@{host}"]["pid"]) in said[0] and "* fail" in said[1] and later.id in said[2]
     assert long.id in said[3] and f"one@{host}" in said[3] and f"two@{host}" not in said[3]
@@ -1503,6 +1508,8 @@ def wait(seconds):
     running += 1
     most = max(most, running)
     time.sleep(seconds)
+    while not os.path.exists("go"):
+        time.sleep(0.1)
     running -= 1
     return most
 @app.task(name="compute")
@@ -1524,7 +1531,14 @@ def test_how_many_tasks_wait_at_once_with_a_hundred_slots(project, pool, at_once
     (project.folder / "pools.py").write_text(POOLS)
     project.worker(POOLS_WORKER.format(pool) + " --concurrency=100")
     client = project.client()
-    results = [client.send_task("wait", args=(1 if at_once > 1 else 0.05,), queue=pool) for _ in range(at_once + 4)]
+    go = project.folder / "go"
+    if pool == "solo":  # it can't answer while a task waits
+        go.touch()
+    results = [client.send_task("wait", args=(0.05,), queue=pool) for _ in range(at_once + 4)]
+    if pool != "solo":
+        active = client.control.inspect(timeout=10, limit=1).active
+        until(lambda: len((active() or {"": ()}).popitem()[1]) >= at_once, "all slots are taken")
+        go.touch()
     assert max(result.get(timeout=30) for result in results) == at_once
 
 
