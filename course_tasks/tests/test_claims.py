@@ -870,6 +870,8 @@ def test_two_workers_share_and_answer_the_table_s_questions_and_a_shutdown_is_wa
     assert long.id in said[3] and f"one@{host}" in said[3] and f"two@{host}" not in said[3]
     client.control.shutdown([f"one@{host}"])
     logged(project, "Got shutdown from remote")
+    with pytest.raises(psutil.TimeoutExpired):
+        psutil.Process(stats[f"one@{host}"]["pid"]).wait(1.5)
     tmp_path.joinpath("go").touch()
     until(lambda: not psutil.pid_exists(stats[f"one@{host}"]["pid"]), "the worker ends")
     assert long.state == "SUCCESS" and list(client.control.inspect(timeout=1).ping()) == [f"two@{host}"]
