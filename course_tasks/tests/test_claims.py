@@ -10,6 +10,7 @@ import inspect
 import json
 import logging
 import os
+import platform
 import re
 import shutil
 import signal
@@ -21,6 +22,7 @@ import threading
 import time
 from contextvars import copy_context
 from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +30,8 @@ from unittest.mock import ANY
 
 import celery.backends
 import kombu
+import kombu.pidbox
+import kombu.utils.json
 import psutil
 import pytest
 from amqp.basic_message import Message
@@ -38,15 +42,18 @@ from celery.app.utils import find_app
 from celery.backends.base import Backend
 from celery.beat import Scheduler
 from celery.bin.worker import worker as worker_command
+from celery.concurrency import ALIASES, get_available_pool_names
 from celery.events.state import State
 from celery.exceptions import NotRegistered, TaskRevokedError
 from celery.exceptions import TimeoutError as ResultTimeout
-from celery.result import AsyncResult
+from celery.result import AsyncResult, GroupResult
 from celery.schedules import crontab
 from celery.utils import sysinfo
 from celery.utils.nodenames import default_nodename
 from celery.utils.time import get_exponential_backoff_interval
 from celery.worker import autoscale
+from celery.worker.consumer.gossip import Gossip
+from celery.worker.consumer.mingle import Mingle
 from celery.worker.heartbeat import Heart
 from kombu import Queue
 from kombu.exceptions import OperationalError
@@ -634,6 +641,14 @@ def test_the_banner_never_shows_a_password_nor_whether_there_is_one():
     assert shown == {"redis://:**@localhost:1/0"}
 
 
+def test_a_worker_can_leave_out_mingle_and_gossip():
+    stands("03", "The last two options leave out its talk with other workers: mingle, and **gossip**")
+    app = Celery("claims", broker="redis://", set_as_current=False)
+    consumer = SimpleNamespace(app=app, hostname="w", pid=1, timer=None, hub=None)
+    assert (Mingle(consumer).enabled, Mingle(consumer, without_mingle=True).enabled) == (True, False)
+    assert (Gossip(consumer).enabled, Gossip(consumer, without_gossip=True).enabled) == (True, False)
+
+
 def test_mingle_asks_for_revoked_tasks_and_waits_a_second_and_gossip_hears_the_others(project, tmp_path):
     stands(
         "03",
@@ -651,6 +666,21 @@ def test_mingle_asks_for_revoked_tasks_and_waits_a_second_and_gossip_hears_the_o
     begin, end, *_ = re.findall(r"\[\S+ (\S+): INFO/MainProcess\] mingle: (?:searching|all alone)", project.log())
     second = [datetime.strptime(time, "%H:%M:%S,%f") for time in (begin, end)]
     assert 1 <= (second[1] - second[0]).seconds < 3
+    waits = []
+    control = SimpleNamespace(
+        inspect=lambda timeout, **_: waits.append(timeout) or SimpleNamespace(hello=lambda *_: {})
+    )
+    state = SimpleNamespace(revoked=[])
+    Mingle.send_hello(
+        None,
+        SimpleNamespace(
+            app=SimpleNamespace(control=control),
+            controller=SimpleNamespace(state=state),
+            connection=None,
+            hostname="w",
+        ),
+    )
+    assert waits == [1]
     until(lambda: f"sync with {two}" in project.log(), "one hears of two")
 
 
@@ -707,6 +737,29 @@ def test_solo_s_banner_has_the_number_of_processors_and_a_discarded_message_is_g
     until(lambda: not project.broker.exists("celery", "unacked"), "nothing of the message is left in the broker")
 
 
+def test_without_e_a_worker_reports_no_task_and_its_mailbox_is_called_pidbox(project, tmp_path, caplog):
+    stands("03", "whether it reports each of its steps to monitoring programs. Without `-E` it doesn't")
+    stands("03", "Celery's name for this mailbox is **pidbox**, and you meet that name in logs and in the broker.")
+    write_tasks(tmp_path)
+    reports = project.broker.pubsub()
+    reports.psubscribe("*celeryev*")
+    project.worker(f"celery -A tasks worker {QUIET}")
+    assert project.broker.exists("_kombu.binding.celery.pidbox")
+    project.client().send_task("nap", args=(0,)).get(timeout=20)
+    done, heard = time.time(), []
+
+    def beat() -> bool:
+        found = reports.get_message(ignore_subscribe_messages=True, timeout=0.1)
+        heard.append(found["channel"].decode() if found else "")
+        return heard[-1].endswith("worker.heartbeat") and time.time() > done + 0.5
+
+    until(beat, "a heartbeat after the task")
+    assert {channel.partition(".celeryev/")[2].partition(".")[0] for channel in heard if channel} == {"worker"}
+    with caplog.at_level("DEBUG"):
+        kombu.pidbox.Mailbox("claims").Node("w", handlers={"hello": lambda state: 1}).dispatch("hello")
+    assert "pidbox received method hello" in caplog.text
+
+
 # --- 03b -----------------------------------------------------------------------------------------------------
 
 
@@ -740,6 +793,12 @@ def fail():
 @app.task(name="bye")
 def bye():
     app.control.shutdown()
+
+
+@app.task(name="hold")
+def hold():
+    while not Path("go").exists():
+        time.sleep(0.05)
 """
 
 
@@ -778,6 +837,53 @@ def test_at_warning_a_worker_writes_only_about_tasks_that_fail(project, tmp_path
         project.client().send_task(name, args=args)
     said = project.run(f"celery -A tasks worker --loglevel=WARNING {QUIET}").partition("key=celery")[2]
     assert re.findall(r"Task (\w+)\[", said) == ["fail"]
+    stands("03b", "A failed task is written at the level ERROR")
+    assert re.findall(r"(\w+)/MainProcess\] Task", said) == ["ERROR"]
+
+
+def test_two_workers_share_and_answer_the_table_s_questions_and_a_shutdown_is_warm(project, tmp_path):
+    stands("03b", "each message goes to exactly one worker")
+    stands("03b", "| `registered()` | the names of the tasks that it knows |")
+    stands("03b", "| `active_queues()` | the queues that it takes messages from |")
+    stands("03b", "| `stats()` | figures about itself: its pid, its pool, how many tasks of each name it has taken |")
+    stands("03b", "`celery inspect active -d NODE`", "That is a warm stop", "so no running task was lost")
+    stands("03", "(In a terminal, `celery inspect stats` does the same")
+    stands("04", "does what the command `celery inspect registered` does")
+    stands("04b", "as `celery inspect scheduled` does")
+    write_tasks(tmp_path)
+    host = socket.gethostname()
+    for name in ("one", "two"):
+        project.worker(f"celery -A tasks worker {QUIET} -n {name}@%h -Q celery,{name} --pool=prefork -c 1")
+    client = project.client()
+    for result in [client.send_task("nap", args=(0.1,)) for _ in range(6)]:
+        result.get(timeout=20)
+    asked = client.control.inspect(timeout=5, limit=2)
+    stats = asked.stats()
+    totals = [stats[f"{name}@{host}"]["total"]["nap"] for name in ("one", "two")]
+    assert sum(totals) == 6 and min(totals) > 0
+    assert stats[f"one@{host}"]["pool"]["max-concurrency"] == 1 and psutil.pid_exists(stats[f"one@{host}"]["pid"])
+    assert asked.registered()[f"two@{host}"] == ["bye", "fail", "hold", "nap"]
+    assert {queue["name"] for queue in asked.active_queues()[f"two@{host}"]} == {"celery", "two"}
+    long = client.send_task("hold", queue="one")
+    later = client.send_task("nap", args=(0,), countdown=60, queue="one")
+    until(lambda: long.state == "STARTED", "the task starts")
+    questions = ("stats", "registered", "scheduled", f"active -d one@{host}")
+    project.run(
+        "sh -c '"
+        + " & ".join(f"celery inspect --timeout 3 {it} >{n} 2>&1" for n, it in enumerate(questions))
+        + " & wait'",
+        seconds=60,
+    )
+    said = [tmp_path.joinpath(str(n)).read_text() for n in range(4)]
+    assert str(stats[f"two@{host}"]["pid"]) in said[0] and "* fail" in said[1] and later.id in said[2]
+    assert long.id in said[3] and f"one@{host}" in said[3] and f"two@{host}" not in said[3]
+    client.control.shutdown([f"one@{host}"])
+    logged(project, "Got shutdown from remote")
+    with pytest.raises(psutil.TimeoutExpired):
+        psutil.Process(stats[f"one@{host}"]["pid"]).wait(1.5)
+    tmp_path.joinpath("go").touch()
+    until(lambda: not psutil.pid_exists(stats[f"one@{host}"]["pid"]), "the worker ends")
+    assert long.state == "SUCCESS" and list(client.control.inspect(timeout=1).ping()) == [f"two@{host}"]
 
 
 def test_active_reserved_and_scheduled(project, tmp_path):
@@ -820,9 +926,14 @@ def test_without_a_broker_there_is_no_heartbeat(project, tmp_path):
     write_tasks(tmp_path)
     project.worker(f"celery -A tasks worker {QUIET}")
     until(lambda: tmp_path.joinpath("beats.txt").exists(), "the first heartbeat")
+    stands("03b", "the worker has lost its connection to the broker | no, it connects again by itself |")
+    stands("03b", "Pings travel through the broker, so without it nobody can answer")
     project.broker.shutdown(nosave=True)
+    with pytest.raises(WrongAnswer, match="ended with an error"):  # so a probe fails
+        project.run("celery -A tasks inspect ping", seconds=60)
     until(lambda: heartbeat_age(tmp_path) > 5, "the heartbeats are old")
     assert "Connection to broker lost" in project.log()
+    logged(project, "Trying again in ")
 
 
 def test_no_remote_control_means_no_answers_and_no_orders(project, tmp_path):
@@ -944,6 +1055,8 @@ def test_how_each_pool_stops(project, tmp_path, row, sent, task):
 def test_sigquit_is_a_cold_stop_and_a_soft_timeout_makes_no_difference_to_sigterm(project, tmp_path):
     stands("03c", "The signal SIGQUIT asks for it directly.")
     stands("03c", "It makes no difference to SIGTERM, which waits for ever anyway.")
+    stands("03c", "The long task was ended after two seconds", "that fits into the ten seconds of `docker stop`")
+    stands("03c", "Without that option it would have been lost")
     write_risk(tmp_path, worker_soft_shutdown_timeout=0.5)
     client = project.client()
     for number in (1, 2):
@@ -951,9 +1064,12 @@ def test_sigquit_is_a_cold_stop_and_a_soft_timeout_makes_no_difference_to_sigter
         result = client.send_task("early", args=({1: 2, 2: 60}[number],), queue=f"q{number}")
         pid = node_stats(client, f"w{number}")["pid"]
         until(lambda: result.state == "STARTED", "the task starts")  # noqa: B023
+        asked = time.monotonic()
         os.kill(pid, {1: signal.SIGTERM, 2: signal.SIGQUIT}[number])
         until(lambda: not psutil.pid_exists(pid), "the worker ends")  # noqa: B023
         assert result.state == {1: "SUCCESS", 2: "RETRY"}[number]
+        assert not project.broker.exists(f"q{number}", "unacked")
+        assert time.monotonic() - asked < 10  # what docker waits for, and far more than the 0.5 s of the setting
         assert ("Cold shutdown" in project.log()) == (number == 2)
 
 
@@ -976,6 +1092,7 @@ def test_sigterm_to_all_processes_ends_the_running_task_and_sigint_does_not(proj
 
 def test_a_lost_child_is_acknowledged_and_a_poisonous_task_comes_back_or_is_given_up(project, tmp_path):
     stands("03c", "stores the failure `WorkerLostError`, and acknowledges the message")
+    stands("03c", "(If only a prefork child is killed, the main process stores `FAILURE` instead.)")
     stands("03c", "It would come back for ever.", "That counts the attempts and gives up after the last one")
     write_risk(tmp_path, worker_lost_wait=0.5)
     client = project.client()
@@ -985,11 +1102,15 @@ def test_a_lost_child_is_acknowledged_and_a_poisonous_task_comes_back_or_is_give
     os.kill(node_stats(client, "w")["pool"]["processes"][0], signal.SIGKILL)
     until(lambda: lost.state == "FAILURE", "the main process stores the failure")
     until(lambda: not project.broker.exists("q", "unacked"), "the message is acknowledged")
+    early = client.send_task("early", args=(60,), queue="q")
+    until(lambda: early.state == "STARTED", "the task starts")
+    os.kill(node_stats(client, "w")["pool"]["processes"][0], signal.SIGKILL)
+    assert type(early.get(timeout=20, propagate=False)).__name__ == "WorkerLostError"
     limited = client.send_task("limited", queue="q")
     until(lambda: limited.state == "FAILURE", "Celery gives up")
-    assert type(limited.result).__name__ == "WorkerLostError" and project.log().count("began") == 1 + 3
+    assert type(limited.result).__name__ == "WorkerLostError" and project.log().count("began") == 2 + 3
     client.send_task("poison", queue="q")
-    until(lambda: project.log().count("began") >= 1 + 3 + 4, "the task comes back again and again")
+    until(lambda: project.log().count("began") >= 2 + 3 + 4, "the task comes back again and again")
 
 
 def test_messages_taken_ahead_get_too_old_and_with_a_multiplier_of_1_they_do_not(project, tmp_path):
@@ -1062,6 +1183,21 @@ def test_a_missing_package_and_a_bare_celery_stop_a_worker_that_discovers_tasks(
         project.worker(f"celery -A shop worker {QUIET}")
 
 
+def test_a_package_without_tasks_and_an_app_without_tasks_start_without_a_word(project, tmp_path):
+    stands("03d", "With no `store.tasks` in it, the worker starts without those tasks, and says nothing |")
+    stands("03", "`[tasks]` would be empty, and such a worker gets ready without any warning")
+    tmp_path.joinpath("store").mkdir()
+    tmp_path.joinpath("store/video.py").touch()
+    tmp_path.joinpath("auto.py").write_text(
+        'from celery import Celery\napp = Celery("auto")\napp.autodiscover_tasks(["store"])'
+    )
+    project.worker(f"python -m celery -A auto worker {QUIET}")
+    said = project.log()
+    assert "store" not in said and re.search(r"\[tasks\]\s+\[", said)
+    assert set(re.findall(r"\w*Warning", said)) <= {"SecurityWarning"}  # it is there for root only
+    assert re.findall(r": (\w+)/MainProcess", said) == ["INFO", "INFO"]  # connected, ready
+
+
 @pytest.mark.parametrize(
     "head", ['app = Celery("shop", include=["stok"])', 'app = Celery("shop")\napp.conf.imports = ["stok"]']
 )
@@ -1089,10 +1225,16 @@ def test_a_wrong_value_stops_the_worker_without_naming_the_setting_or_is_taken(p
 def test_report_reads_the_file_and_inspect_conf_asks_the_worker(project, tmp_path):
     stands("03d", "`celery -A shop inspect conf` asks the running workers", "Neither of them marks a wrong name.")
     stands("03d", "it imports the app, and lists the settings in the file as it is now")
+    stands("03d", "`celery -A shop report` asks nobody", "together with the versions of Celery and Python")
+    stands("03d", "**d.** Celery stores every name that you set, and reads only those that it knows.")
+    write_shop(tmp_path, 'app = Celery("shop")\napp.conf.task_time_limt = 4')
+    report = project.run("celery -A shop report")  # no worker is running
+    assert "\ntask_time_limt: 4\n" in report
+    assert f"celery:{celery.__version__} " in report and f"py:{platform.python_version()}\n" in report
     write_shop(tmp_path, 'app = Celery("shop")\napp.conf.task_time_limt = 3')
     project.worker(f"celery -A shop worker {QUIET}")
+    assert "limt" not in project.log()  # nobody reports it
     write_shop(tmp_path, 'app = Celery("shop")\napp.conf.task_time_limt = 4')
-    assert "\ntask_time_limt: 4\n" in project.run("celery -A shop report")
     assert '"task_time_limt": 3' in project.run("celery -A shop inspect conf")
     assert Celery(set_as_current=False).conf.task_time_limit is None
 
@@ -1111,8 +1253,9 @@ def report(year):
 def test_what_a_decorator_says_is_read_where_the_row_says(project):
     stands(
         "04",
-        "| `queue`, `priority`, `expires`, `time_limit`, `soft_time_limit`, `serializer` | the program that **sends**,",
-        "| `acks_late`, `max_retries`, `autoretry_for`, `rate_limit`, `track_started` | the **worker**",
+        "| `queue`, `priority`, `expires`, `serializer` | the program that *sends*,",
+        "| `time_limit`, `soft_time_limit` | both: the sender puts them into the message, if it has the code.",
+        "| `acks_late`, `max_retries`, `autoretry_for`, `rate_limit`, `track_started` | the *worker*",
         'without our `queue="look"` it would have gone to the queue `celery`',
     )
     project.client().send_task("report", args=(1,))
@@ -1151,6 +1294,91 @@ def test_a_name_that_is_unknown_is_found_by_the_worker_and_a_missing_argument_to
     project.worker("celery -A reports worker --pool=solo --without-mingle -Q reports")
     with pytest.raises(TypeError, match="missing 1 required positional argument"):
         project.client().send_task("report", queue="reports").get(timeout=20)
+
+
+FORMS = """
+from celery import Celery
+app, by_name = Celery("forms"), Celery(set_as_current=False)
+@app.task(name="report")
+def report(year, month):
+    return year
+by_name.send_task("report", args=(2026, 5))
+by_name.signature("report", args=(2026, 5)).delay()
+by_name.signature("report", args=(2026, 5)).apply_async()
+report.delay(2026, 5)
+report.apply_async(args=(2026, 5))
+report.s(2026, 5).delay()
+report.s(2026, 5).apply_async()
+"""
+
+
+def test_all_forms_of_a_call_differ_in_the_id_and_ignore_result_only(project):
+    stands(
+        "04",
+        "`delay` is a shortcut for `apply_async` without options.",
+        "`send_task`, `delay`, `apply_async` and signatures write the same body.",
+        "The id is in the message three times:",
+        "(One header differs as well: `send_task` leaves `ignore_result` empty.",
+    )
+    (project.folder / "forms.py").write_text(FORMS)
+    project.run("python forms.py")
+    texts = [text.decode() for text in reversed(project.broker.lrange("celery", 0, -1))]
+    messages = [json.loads(text) for text in texts]
+    ids = [message["headers"]["id"] for message in messages]
+    assert [text.count(id) for text, id in zip(texts, ids, strict=True)] == [3] * 7 and len(set(ids)) == 7
+    assert [message["headers"].pop("ignore_result") for message in messages] == [None] + [False] * 6
+    for message in messages:
+        del message["properties"]["delivery_tag"]  # the receipt of this one message
+    same = {json.dumps(message).replace(id, "ID") for message, id in zip(messages, ids, strict=True)}
+    assert len({re.sub(r'"reply_to": "[^"]*"', "", text) for text in same}) == 1  # one address per app
+
+
+LIMITED = """
+import time
+from celery import Celery
+app = Celery("limited")
+@app.task(name="slow", time_limit=1, soft_time_limit=None)
+def slow(seconds):
+    time.sleep(seconds)
+@app.task(name="soft", soft_time_limit=0.5)
+def soft(seconds):
+    time.sleep(seconds)
+@app.task(name="name_of")
+def name_of(names):
+    return names[7]
+@app.task(name="silent", ignore_result=True)
+def silent():
+    return 1
+"""
+
+
+def test_limits_keys_and_results_of_tasks_that_are_sent_by_name(project):
+    stands(
+        "04",
+        "If the message has no limit, the worker uses the one in its own code",
+        "The worker has even run the task and stored the result, but this client doesn't know where to look for it.",
+        "**KeyError.** In JSON all keys are texts",
+    )
+    (project.folder / "limited.py").write_text(LIMITED)
+    (project.folder / "half.py").write_text(
+        'from celery import Celery\nprint(Celery().send_task("slow", args=(0,)).id)'
+    )
+    project.worker("celery -A limited worker --pool=prefork -c 2 --without-mingle --without-gossip")
+    client = project.client()
+    slow, soft = client.send_task("slow", args=(60,)), client.send_task("soft", args=(60,))
+    half = client.AsyncResult(project.run("env -u CELERY_RESULT_BACKEND python half.py").strip())
+    with pytest.raises(KeyError):
+        client.send_task("name_of", args=({7: "seven"},)).get(timeout=20)
+    assert type(slow.get(timeout=20, propagate=False)).__name__ == "TimeLimitExceeded"
+    assert type(soft.get(timeout=20, propagate=False)).__name__ == "SoftTimeLimitExceeded"
+    until(lambda: half.state == "SUCCESS", "the result is stored")
+
+
+def test_a_program_without_celery_sees_how_a_date_is_written():
+    stands("04", 'A program without Celery would see something like `{"__type__": "datetime", ...}`.')
+    for value, name in ((datetime(2026, 11, 23), "datetime"), (Decimal("0.1"), "decimal"), (b"raw", "bytes")):
+        written = json.loads(kombu.utils.json.dumps(value))
+        assert written["__type__"] == name and len(written) == 2
 
 
 # --- 04b -----------------------------------------------------------------------------------------------------
@@ -1192,6 +1420,14 @@ def test_how_long_and_how_many_a_worker_holds_by_default():
     assert Channel.visibility_timeout == 3600
 
 
+def test_a_countdown_becomes_the_eta_in_seconds_from_now(project):
+    stands("04b", "`countdown=3` means: start in three seconds.", "The message then contains an `eta`")
+    before = time.time()
+    project.client().send_task("sleep", args=(0,), countdown=30)
+    [message] = [json.loads(text) for text in project.broker.lrange("celery", 0, -1)]
+    assert before + 29.9 < datetime.fromisoformat(message["headers"]["eta"]).timestamp() < time.time() + 30.1
+
+
 def test_expires_is_told_to_rabbitmq(project):
     stands("04b", "Celery also writes the time into a property that RabbitMQ understands")
     project.client().send_task("sleep", args=(0,), expires=5)
@@ -1211,7 +1447,139 @@ def test_a_chain_needs_no_backend_and_a_chord_does(project):
         chord([part, part], part).apply_async()
 
 
+QUICK = """
+import time
+from celery import Celery
+app = Celery("quick")
+app.conf.task_track_started = True
+@app.task(name="silent", ignore_result=True)
+def silent(x):
+    return x
+@app.task(name="gather")
+def gather(parts):
+    return parts
+@app.task(name="report", bind=True)
+def report(self):
+    time.sleep(0.5)
+    self.update_state(state="PROGRESS", meta={"done": 3, "total": 10})
+    time.sleep(0.5)
+    return 10
+"""
+
+
+def test_a_worker_takes_every_countdown_and_a_chord_counts_silent_parts_and_info_changes(project):
+    stands(
+        "04b",
+        "With Redis, this works even for parts that ignore their results.",
+        "A worker takes messages with a countdown at once, by default without a limit.",
+        "the client finds `meta` in `result.info`",
+        "It is `None` before the task starts, and the result after the task has ended.",
+        "until the first report, it is the dictionary of the state `STARTED`, which has no `done`",
+    )
+    (project.folder / "quick.py").write_text(QUICK)
+    client = project.client()
+    report = client.send_task("report")
+    infos = [report.info]
+    project.worker("celery -A quick worker --pool=threads -c 2 --without-mingle --without-gossip")
+    until(lambda: report.state == "STARTED", "the task starts")
+    infos.append(report.info)
+    until(lambda: report.state == "PROGRESS", "it reports")
+    infos.append(report.info)
+    report.get(timeout=20)
+    assert (infos[0], "done" in infos[1], infos[2], report.info) == (None, False, {"done": 3, "total": 10}, 10)
+    parts = [client.signature("silent", args=(n,), app=client) for n in range(2)]
+    assert chord(parts, app=client)(client.signature("gather")).get(timeout=20) == [0, 1]
+    for _ in range(50):
+        client.send_task("silent", args=(0,), countdown=600)
+    until(
+        lambda: (project.broker.llen("celery"), project.broker.hlen("unacked")) == (0, 50), "all are taken", seconds=20
+    )
+
+
+def test_get_refuses_to_wait_inside_a_task_by_default():
+    stands("04b", "`disable_sync_subtasks` is a check of Celery's that is normally on.")
+    for result in (AsyncResult, GroupResult):
+        assert inspect.signature(result.get).parameters["disable_sync_subtasks"].default is True
+
+
 # --- 05 ------------------------------------------------------------------------------------------------------
+
+
+POOLS = """
+import os
+import threading
+import time
+from celery import Celery
+app = Celery("pools")
+app.conf.task_track_started = True
+running, most = 0, 0
+@app.task(name="wait")
+def wait(seconds):
+    global running, most
+    running += 1
+    most = max(most, running)
+    time.sleep(seconds)
+    while not os.path.exists("go"):
+        time.sleep(0.1)
+    running -= 1
+    return most
+@app.task(name="compute")
+def compute():
+    while not os.path.exists("go"):
+        sum(range(1000))
+@app.task(name="where")
+def where():
+    return [os.getpid(), threading.current_thread().name]
+"""
+POOLS_WORKER = "python -m celery -A pools worker --without-mingle --without-gossip -n {0}@%h -Q {0} --pool={0}"
+
+
+@pytest.mark.parametrize("pool, at_once", [("threads", 100), ("gevent", 100), ("solo", 1)])
+def test_how_many_tasks_wait_at_once_with_a_hundred_slots(project, pool, at_once):
+    stands("05", "Waiting tasks overlap on as many slots as there are, so 100 slots need about four seconds.")
+    stands("05", "The gevent pool with 100 slots is just as good")
+    stands("05", "this pool has one slot, whatever the banner and `--concurrency` say")
+    (project.folder / "pools.py").write_text(POOLS)
+    project.worker(POOLS_WORKER.format(pool) + " --concurrency=100")
+    client = project.client()
+    go = project.folder / "go"
+    if pool == "solo":  # it can't answer while a task waits
+        go.touch()
+    results = [client.send_task("wait", args=(0.05,), queue=pool) for _ in range(at_once + 4)]
+    if pool != "solo":
+        active = client.control.inspect(timeout=10, limit=1).active
+        until(lambda: len((active() or {"": ()}).popitem()[1]) >= at_once, "all slots are taken")
+        go.touch()
+    assert max(result.get(timeout=30) for result in results) == at_once
+
+
+def test_the_kinds_of_pool_and_who_has_children(project):
+    stands("05", "There are five kinds of pool, and `--pool` chooses one.")
+    stands("05", "Of the five pools in this chapter, only prefork makes child processes.")
+    names = {implementation for name, implementation in ALIASES.items() if name != "custom"}
+    assert len(names) == 5 and set(get_available_pool_names()) - {"custom", "processes"} == {
+        *("prefork", "threads", "gevent", "eventlet", "solo")
+    }
+
+
+def test_a_computing_task_stops_the_whole_gevent_worker(project):
+    stands("05", "during that time it answers no question and starts no other task.")
+    stands("05", "There is no error in the log; everything is just late.")
+    (project.folder / "pools.py").write_text(POOLS)
+    project.worker(POOLS_WORKER.format("gevent") + " --concurrency=50")
+    client = project.client()
+    pid = node_stats(client, "gevent")["pid"]
+    assert psutil.Process(pid).children() == []
+    long = client.send_task("compute", queue="gevent")
+    process = psutil.Process(pid)
+    until(lambda: not project.broker.llen("gevent"), "the worker takes the task")
+    until(lambda: process.cpu_percent(0.3) > 20, "it computes")
+    late = client.send_task("where", queue="gevent")
+    assert client.control.ping(timeout=1) == [] and late.state == "PENDING"
+    (project.folder / "go").touch()
+    long.get(timeout=20)
+    assert late.get(timeout=20)[0] == pid
+    assert not re.search("WARNING|ERROR|CRITICAL", project.log())
 
 
 # --- 05b -----------------------------------------------------------------------------------------------------
