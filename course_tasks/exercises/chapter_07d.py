@@ -104,7 +104,10 @@ def _keeps_ids(folder: str) -> str | None:
         seen.add(id)
         if headers.get(HEADER) != id:
             return f"the message about the order of {customer} has {headers.get(HEADER)!r} as its id."
-        for what, text in (("own line", f"an order of {customer}"), ("line about the answer", f"/orders/{customer} ")):
+        for what, text in (
+            ("own line", f"an order of {customer}"),
+            ("line about the answer", f'"POST /orders/{customer} '),
+        ):
             found = [of for line, of in records if text in line]
             if not found:
                 return f"the log has no line with {text.strip()!r}."
@@ -179,7 +182,9 @@ EXERCISES = {
             f'{IMPORT}answer = lambda: {{"X-Request-ID": new_id()}} if correlation_id.get() else {{}}': (
                 "That is another id"
             ),
-            f"{IMPORT}answer = lambda: {{HEADER: correlation_id.get()}}": "the header of Celery's messages",
+            f"{IMPORT}answer = lambda: {{'request_correlation_id': correlation_id.get()}}": (
+                "the header of Celery's messages"
+            ),
             'answer = {"X-Request-ID": "eve-9"}': "should be a function",
         },
         right=(
