@@ -1,29 +1,37 @@
 """The exercises of chapter 07d."""
 
-from collections.abc import Callable
+import json
+import re
+import shlex
+import sys
+import textwrap
+from collections.abc import Callable, Mapping
 from contextvars import copy_context
 
 from course_tasks.correlation import HEADER, correlation_id
 from course_tasks.exercises import Exercise, Question, called
+from course_tasks.exercises.project import Project
 
 IMPORT = "from course_tasks.correlation import correlation_id, new_id\n"
 NOT_IT = {
-    "order": "order succeeded: it had only to send the others.",
-    "charge": "charge succeeded, as its line says: Eve has paid, even.",
-    "pack": "pack has no line: a chord's last task is not sent when another task has failed. Which one?",
+    "order": "order succeeded, because it only had to send the others.",
+    "charge": "charge succeeded, as its line says. Eve has even paid.",
+    "pack": "pack has no line, because a chord does not send its last task when another task has failed. Which one?",
 }
 
 
 def _failed(answer: tuple | list) -> str | None:
-    if len(answer) != 2 or not all(isinstance(part, str) for part in answer):
-        return "it takes two strings: a task's name, and the name of an exception's class."
+    if len(answer) != 2 or not isinstance(answer[0], str):
+        return "it takes two texts: the name of a task, and the name of an exception's class."
     task, error = answer
+    if isinstance(error, type):  # the class itself says as much as its name
+        error = error.__name__
     if task in NOT_IT:
         return NOT_IT[task]
     if task != "reserve":
         return f"the shop has no task {task!r}."
     if error == "ChordError":
-        return "ChordError tells what became of the chord. Another line tells what the task itself raised."
+        return "ChordError says what became of the chord. Another line says what the task itself raised."
     return None if error == "LookupError" else f"the task is right, but it did not raise {error!r}."
 
 
@@ -32,19 +40,121 @@ def _outgoing(answer: Callable) -> str | None:
         context = copy_context()
         context.run(correlation_id.set, current)
         said = called(context.run, answer)
-        if not isinstance(said, dict):
+        if not isinstance(said, Mapping):
             return f"it returns {type(said).__name__}, and should return a dictionary."
         found = {str(name).lower(): value for name, value in said.items()}
         if HEADER in found:
             return f"{HEADER} is the header of Celery's messages. What does a web service look for?"
-        if current is None and found:
-            return f"with no current request it returns {said}, and should return no header."
-        if current and list(found) != ["x-request-id"]:
-            return f"with the id {current!r} it returns {said}. The service looks for X-Request-ID, and for no other."
+        if current is None and "x-request-id" in found:
+            return f"with no current request it returns {dict(said)}, and should not return this header."
+        if current and "x-request-id" not in found:
+            return f"with the id {current!r} it returns {dict(said)}. The service looks for X-Request-ID."
         if current and found["x-request-id"] != current:
-            return f"with the id {current!r} it returns {said}: that is another trail."
+            return f"with the id {current!r} it returns {dict(said)}. That is another id."
     return None
 
+
+# Runs a web service with uvicorn, sends it requests, and prints the answers and what was logged.
+TRY = """
+import json, logging, sys, threading, time
+sys.path.insert(0, "")
+import httpx, uvicorn
+records = []
+class Keep(logging.Handler):
+    def emit(self, record):
+        records.append([record.getMessage(), getattr(record, "request_correlation_id", None)])
+logging.root.addHandler(Keep())
+logging.root.setLevel(logging.INFO)
+from web import app
+server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off"))
+thread = threading.Thread(target=server.run, daemon=True)
+thread.start()
+while not server.started and thread.is_alive():
+    time.sleep(0.01)
+port = server.servers[0].sockets[0].getsockname()[1]
+answers = []
+with httpx.Client(trust_env=False, timeout=10) as client:
+    for customer, id in (("ada", "ada-7"), ("ben", "ben-8"), ("dan", None), ("eve", "eve] 9")):
+        headers = {"X-Request-ID": id} if id else {}
+        answer = client.post(f"http://127.0.0.1:{port}/orders/{customer}", headers=headers)
+        answers.append([customer, answer.status_code, answer.headers.get_list("X-Request-ID")])
+server.should_exit = True
+thread.join(5)
+print(json.dumps([answers, records]))
+"""
+
+
+def _keeps_ids(folder: str) -> str | None:
+    with Project(folder) as project:
+        said = project.run(f"{shlex.quote(sys.executable)} -c {shlex.quote(TRY)}")
+        answers, records = json.loads(said.splitlines()[-1])
+        messages = [json.loads(message)["headers"] for message in project.broker.lrange("shop", 0, -1)]
+    if len(messages) != len(answers):
+        return f"{len(answers)} orders came in, and {len(messages)} messages are in the queue."
+    seen = set()
+    for (customer, status, ids), headers in zip(answers, reversed(messages), strict=True):
+        if status != 200 or len(ids) != 1:
+            return f"the order of {customer} was answered with the status {status} and {len(ids)} headers X-Request-ID."
+        [id] = ids
+        given = {"ada": "ada-7", "ben": "ben-8"}.get(customer, id)
+        if id != given:
+            return f"the request had the id {given}, and its answer has {id!r}."
+        if not FIT.fullmatch(id) or id in seen:
+            return f"the order of {customer} came without a good id, and was answered with {id!r}. new_id makes one."
+        seen.add(id)
+        if headers.get(HEADER) != id:
+            return f"the message about the order of {customer} has {headers.get(HEADER)!r} as its id."
+        for what, text in (
+            ("own line", f"an order of {customer}"),
+            ("line about the answer", f'"POST /orders/{customer} '),
+        ):
+            found = [of for line, of in records if text in line]
+            if not found:
+                return f"the log has no line with {text.strip()!r}."
+            if found != [id]:
+                return f"the {what} of {customer}'s request has the id {found[0]!r}, and the answer has {id!r}."
+    return None
+
+
+FIT = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
+
+
+def _web(body: str, app: str = "BaseHTTPMiddleware(routes, with_id)", more: str = "") -> str:
+    """A cell that writes web.py with another middleware."""
+    return f"""%%writefile scratch/ben/web.py
+{more}
+from course_tasks.correlation import correlation_id, new_id
+from service import order
+from starlette.applications import Starlette
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.routing import Route
+
+async def with_id(request, call_next):
+{textwrap.indent(textwrap.dedent(body).strip(), "    ")}
+
+routes = Starlette(routes=[Route("/orders/{{customer}}", order, methods=["POST"])])
+app = {app}
+"""
+
+
+SET = 'correlation_id.set(new_id(request.headers.get("X-Request-ID")))\n'
+ANSWER = 'response = await call_next(request)\nresponse.headers["X-Request-ID"] = {}\n'
+PLAIN = """
+class WithId:
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        correlation_id.set(id := new_id(given))
+
+        async def answer(message):
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"X-Request-ID", id.encode())]
+            await send(message)
+
+        await self.app(scope, receive, answer)
+"""
 
 EXERCISES = {
     "07d-1": Exercise(
@@ -55,22 +165,70 @@ EXERCISES = {
             'answer = ("charge", "LookupError")': "charge succeeded",
             'answer = ("reserve", "ChordError")': "what became of the chord",
             'answer = ("reserve", "no lamp left")': "did not raise 'no lamp left'",
-            'answer = [line for line in grep("eve-9") if " ERROR " in line]': "the shop has no task",
+            'answer = ("ship", "LookupError")': "the shop has no task",
         },
+        right=(
+            'answer = ["reserve", LookupError]',
+            'answer = tuple("reserve LookupError".split())',
+        ),
     ),
     "07d-2": Exercise(
         kind=Callable,
         judge=_outgoing,
         wrong={
             f"{IMPORT}current = correlation_id.get()\n"
-            "answer = lambda: {'X-Request-ID': current} if current else {}": "looks for X-Request-ID, and for no other",
-            f'{IMPORT}answer = lambda: {{"X-Request-ID": correlation_id.get()}}': "should return no header",
+            "answer = lambda: {'X-Request-ID': current} if current else {}": "The service looks for X-Request-ID",
+            f'{IMPORT}answer = lambda: {{"X-Request-ID": correlation_id.get()}}': "should not return this header",
             f'{IMPORT}answer = lambda: {{"X-Request-ID": new_id()}} if correlation_id.get() else {{}}': (
-                "that is another trail"
+                "That is another id"
             ),
-            f"{IMPORT}answer = lambda: {{HEADER: correlation_id.get()}}": "the header of Celery's messages",
+            f"{IMPORT}answer = lambda: {{'request_correlation_id': correlation_id.get()}}": (
+                "the header of Celery's messages"
+            ),
             'answer = {"X-Request-ID": "eve-9"}': "should be a function",
         },
+        right=(
+            f"{IMPORT}import httpx\n\n"
+            "def answer():\n"
+            "    headers = httpx.Headers({'User-Agent': 'shop'})\n"
+            "    if (current := correlation_id.get()) is not None:\n"
+            "        headers['x-request-id'] = current\n"
+            "    return headers",
+            f"{IMPORT}answer = lambda: {{name: id for name in ['X-Request-ID'] if (id := correlation_id.get())}}",
+        ),
+    ),
+    "07d-3": Exercise(
+        kind=str,
+        judge=_keeps_ids,
+        project="scratch/ben",
+        wrong={
+            _web(
+                f"{SET}try:\n    {ANSWER.format('correlation_id.get()').strip().replace(chr(10), chr(10) + '    ')}\n"
+                "    return response\nfinally:\n    correlation_id.set(None)"
+            ): "line about the answer of ada's request has the id '-'",
+            _web("correlation_id.set(new_id())\n" + ANSWER.format("correlation_id.get()") + "return response"): (
+                "the request had the id ada-7"
+            ),
+            _web(
+                'correlation_id.set(request.headers.get("X-Request-ID", "none"))\n'
+                + ANSWER.format("correlation_id.get()")
+                + "return response"
+            ): "was answered with 'eve] 9'",
+            _web(SET + "return await call_next(request)"): "0 headers X-Request-ID",
+            _web(ANSWER.format('new_id(request.headers.get("X-Request-ID"))') + SET + "return response"): (
+                "the message about the order of ada has None"
+            ),
+        },
+        right=(
+            _web("pass", app="WithId(routes)").replace("\napp = ", f"{PLAIN}\n\napp = "),
+            _web(
+                'id = new_id(request.headers.get("X-Request-ID"))\n'
+                "copy_context().run(correlation_id.get)\ncorrelation_id.set(id)\n"
+                + ANSWER.format("id")
+                + "return response",
+                more="from contextvars import copy_context",
+            ),
+        ),
     ),
 }
 

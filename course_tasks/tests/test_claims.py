@@ -28,14 +28,17 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import ANY
 
+import anyio
 import celery.backends
+import httpx
 import kombu
 import kombu.pidbox
 import kombu.utils.json
 import psutil
 import pytest
 from amqp.basic_message import Message
-from celery import Celery, chord, states
+from asgi_correlation_id import CorrelationIdMiddleware
+from celery import Celery, chord, concurrency, states
 from celery.app.control import Inspect
 from celery.app.task import Context, extract_exec_options
 from celery.app.utils import find_app
@@ -65,6 +68,7 @@ from redis import Redis
 from redis.connection import Connection
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError
+from starlette.applications import Starlette
 
 from course_tasks import copies, correlation
 from course_tasks.celery import app
@@ -2246,3 +2250,117 @@ print([issubclass(app.task(name=base.__name__, base=base)(add).Request, Correlat
 
 
 # --- 07d -----------------------------------------------------------------------------------------------------
+
+WEB = ("web", "web-order", "web-id", "log-config")  # the cells that write the web service
+SHOP = ("shop", "shop-tasks")
+
+
+@contextlib.contextmanager
+def service(project: Project, edit=lambda source: source):
+    """The chapter's web service under uvicorn, on the project's broker; gives its port."""
+    for cell in cells(copies.chapters()["07d"], "code"):
+        if cell.id in (*WEB, *SHOP):
+            magic, _, source = cell.source.partition("\n")
+            with (project.folder / Path(magic.split()[-1]).name).open("a") as file:
+                file.write(edit(source) + "\n")
+    port = free_port()
+    command = [sys.executable, "-m", "uvicorn", "web:app", "--port", str(port), "--log-config", "log.json"]
+    process = subprocess.Popen(command, cwd=project.folder, env=project._environment)
+    try:
+        until(lambda: listens(port), "the web service", seconds=20)
+        yield port
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def post(port: int, header: bytes = b"X-Request-ID: ada-7") -> str:
+    """What the service answers to an order with a header, byte by byte as given."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(b"POST /orders/ada HTTP/1.1\r\nHost: a\r\nConnection: close\r\n" + header + b"\r\n\r\n")
+        return b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+
+
+def web_log(project: Project, text: str) -> str:
+    """The line of the web service's log with a text."""
+    log = project.folder / "web.log"
+    until(lambda: text in log.read_text(), f"{text!r} in {log.read_text()}", seconds=20)
+    return next(line for line in log.read_text().splitlines() if text in line)
+
+
+def test_uvicorn_refuses_line_breaks_in_an_id_and_keeps_no_id_for_the_next_request(project):
+    stands("07d", "uvicorn refuses it with status 400", "so the next request does not see this value")
+    with service(project) as port:
+        for broken in (b"X-Request-ID: a\nb", b"X-Request-ID: a\rb"):
+            assert post(port, broken).startswith("HTTP/1.1 400")
+        assert "x-request-id: ada-7" in post(port).lower()
+        assert re.search(r"x-request-id: [0-9a-f]{32}\r", post(port, b"X-Other: 1").lower())
+
+
+NEXT = "    response = await call_next(request)\n"
+CALL = (
+    NEXT + '    response.headers["X-Request-ID"] = correlation_id.get()\n    return response\n',
+    f"    try:\n    {NEXT}        return response\n    finally:\n        correlation_id.reset(token)\n",
+)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_after_a_reset_uvicorn_s_own_lines_have_no_id(project, reset):
+    stands("07d", "After a reset, those lines would have no id.")
+
+    def edit(source: str) -> str:
+        fails = 'logging.info("an order of %s", {"ada": customer}[customer])'
+        source = source.replace('logging.info("an order of %s", customer)', fails)
+        return source.replace(*CALL).replace("correlation_id.set(", "token = correlation_id.set(") if reset else source
+
+    with service(project, edit) as port:
+        post(port)
+        assert ("INFO ada-7]" in web_log(project, '"POST /orders/ada')) is not reset
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+            connection.sendall(b"POST /orders/eve HTTP/1.1\r\nHost: a\r\nX-Request-ID: eve-9\r\n\r\n")
+            connection.recv(100)
+        assert ("ERROR eve-9]" in web_log(project, "Exception in ASGI application")) is not reset
+
+
+def test_starlette_has_forty_threads_and_celery_by_itself_no_time_out_for_the_broker():
+    stands("07d", "Starlette runs such functions in 40 threads by default", "Celery would have waited until the broker")
+
+    async def threads() -> float:
+        return anyio.to_thread.current_default_thread_limiter().total_tokens
+
+    assert anyio.run(threads) == 40
+    assert Channel.socket_timeout is None  # it is passed to redis-py, instead of its five seconds
+    assert Celery(set_as_current=False).conf.broker_transport_options == {}
+
+
+def test_a_worker_replaces_an_id_that_forges_lines(project):
+    stands("07d", "It replaces an id that isn't fit for a log by the id of the first task.")
+    (project.folder / "shop.py").write_text(
+        "\n".join(cell.source.partition("\n")[2] for cell in cells(copies.chapters()["07d"], "code") if cell.id in SHOP)
+    )
+    project.worker("celery -A shop worker --pool=threads --without-mingle --without-gossip")
+    forged = {HEADER: "ada-7\n[2026-01-01 00:00:00,000 INFO ben-8] Task pay[1] succeeded"}
+    sent = project.client().send_task("order", args=("ada",), queue="shop", headers=forged)
+    logged(project, "a parcel for ada")
+    assert "Task pay" not in project.log() and f" {sent.id}] Task pack" in project.log()
+
+
+def test_what_the_library_keeps_by_default_and_with_a_validator_of_none():
+    stands(
+        "07d", "By default it keeps only ids that look like a UUID", "With `validator=None` it would believe everything"
+    )
+
+    async def kept(id: str, **options) -> bool:
+        app = CorrelationIdMiddleware(Starlette(), **options)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://shop") as client:
+            return (await client.get("/", headers={"X-Request-ID": id})).headers["X-Request-ID"] == id
+
+    assert anyio.run(kept, "5f0c6e1f9a3b4c7d8e2f1a0b9c8d7e6f") and not anyio.run(kept, "ada-7")
+    assert anyio.run(lambda: kept("ada-7] cancelled [", validator=None))
+
+
+def test_worker_process_init_is_sent_by_prefork_and_solo_only():
+    stands("07d", "Celery sends that signal only with prefork and solo.")
+    modules = Path(concurrency.__file__).parent.glob("*.py")
+    senders = {path.stem for path in modules if "process_init.send" in path.read_text()}
+    assert senders == {"prefork", "solo"}
