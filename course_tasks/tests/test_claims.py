@@ -469,8 +469,8 @@ def test_a_client_stores_nothing_and_a_timedelta_counts_as_its_seconds(project):
     for expires in (3600, timedelta(hours=1)):
         again = project.client()
         again.conf.result_expires = expires
-        again.backend.store_result("an-id", 42, "SUCCESS")
-        assert 3590 < project.backend.ttl("celery-task-meta-an-id") <= 3600
+        again.backend.store_result(str(expires), 42, "SUCCESS")
+        assert 3590 < project.backend.ttl(f"celery-task-meta-{expires}") <= 3600
 
 
 # --- 02b -----------------------------------------------------------------------------------------------------
