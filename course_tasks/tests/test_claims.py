@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from contextvars import copy_context
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +30,7 @@ from unittest.mock import ANY
 
 import anyio
 import celery.backends
+import celery.exceptions
 import httpx
 import kombu
 import kombu.pidbox
@@ -52,7 +53,7 @@ from celery.exceptions import TimeoutError as ResultTimeout
 from celery.result import AsyncResult, GroupResult
 from celery.schedules import crontab
 from celery.utils import sysinfo
-from celery.utils.nodenames import default_nodename
+from celery.utils.nodenames import default_nodename, host_format
 from celery.utils.time import get_exponential_backoff_interval
 from celery.worker import autoscale
 from celery.worker.consumer.gossip import Gossip
@@ -136,6 +137,30 @@ def test_get_waits_for_ever_if_it_is_not_told_how_long():
     assert inspect.signature(AsyncResult.get).parameters["timeout"].default is None
 
 
+def test_the_environment_s_addresses_win_over_the_code_s_and_backend_cls_over_both(monkeypatch):
+    stands("00", "`CELERY_BROKER_URL` and `CELERY_RESULT_BACKEND`, and Celery prefers them to the URLs in the code.")
+    stands(
+        "02c",
+        "would lose to the environment variable `CELERY_RESULT_BACKEND`, so the next cell sets `backend_cls`, which",
+    )
+    monkeypatch.setenv("CELERY_BROKER_URL", "redis://localhost:1/0")
+    monkeypatch.setenv("CELERY_RESULT_BACKEND", "redis://localhost:1/0")
+    code = {"broker": "redis://localhost:2/0", "backend": "redis://localhost:2/0"}
+    app, other = (Celery(set_as_current=False, **code) for _ in range(2))
+    other.backend_cls = "redis://localhost:3/0"
+    assert [app.connection().port, app.backend.connparams["port"], other.backend.connparams["port"]] == [1, 1, 3]
+
+
+def test_a_task_without_a_name_is_called_after_its_module_and_function():
+    stands("00", "Without `name=`, Celery builds the name of a task from the module and the function.")
+
+    def total():
+        """Nothing: only the name counts."""
+
+    total.__module__ = "shop"
+    assert Celery(set_as_current=False).task(total).name == "shop.total"
+
+
 # --- 01 ------------------------------------------------------------------------------------------------------
 
 SHOP = """
@@ -161,16 +186,32 @@ def test_with_rabbitmq_the_body_is_plain_json():
     assert virtual.Channel.body_encoding == "base64", "of Redis, in which the chapter's cell has decoded it"
 
 
-def test_a_message_without_its_content_type_ends_one_worker_after_the_other(project):
-    stands("01", "the worker ends with an error and puts the message back, and the next worker ends in the same way")
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"body": "[[1], {}, {}]"}, "ValueError"),  # without its content type
+        (
+            {"body": '["Ada", 12]', "content-type": "application/json"},
+            "ValueError('not enough values to unpack (expected 3, got 2)')",
+        ),
+    ],
+    ids=["content-type", "body"],
+)
+def test_a_message_of_another_form_ends_one_worker_after_the_other(project, wrong, error):
+    stands(
+        "01",
+        "the worker ends with an error and puts the message back, and the next worker ends in the same way",
+        "the worker ends with an error. They start the worker again, and it ends again",
+        "The worker expected three values.",
+    )
     project.folder.joinpath("shop.py").write_text(SHOP)
     delivery = {"delivery_tag": "1", "delivery_info": {"exchange": "", "routing_key": "celery"}}
-    message = {"body": "[[1], {}, {}]", "headers": {"task": "buy", "id": "1"}, "properties": delivery}
+    message = {"headers": {"task": "buy", "id": "1"}, "properties": delivery} | wrong
     project.broker.lpush("celery", json.dumps(message))
     for number in (1, 2):
         project.worker(f"celery -A shop worker {QUICK}")
         until(lambda: project.log().count("Restoring 1 unacknowledged message") == number, "the end of the worker")  # noqa: B023
-        assert project.log().count("Unrecoverable error: ValueError") == number
+        assert project.log().count(f"Unrecoverable error: {error}") == number
         until(lambda: project.broker.llen("celery") == 1, "the message in its queue again")
 
 
@@ -223,6 +264,13 @@ def test_a_client_tries_four_times_and_a_worker_a_hundred_times(monkeypatch):
         app.send_task("buy", ignore_result=True)
     assert len(attempts) == 4 and time.monotonic() - start < 5
     assert app.conf.broker_connection_max_retries == 100
+
+
+def test_a_worker_gives_up_when_it_has_tried_that_often(project):
+    stands("01", "by default it tries a hundred times before it gives up")
+    with pytest.raises(WrongAnswer, match="ended before it was ready"):
+        notes(project, "broker_connection_max_retries = 1", option="-b redis://localhost:1/0")
+    assert "(1/1)" in project.log()
 
 
 def test_a_silent_broker_is_waited_for_without_end_but_not_by_the_course_s_app():
@@ -291,6 +339,35 @@ def test_a_worker_does_not_start_on_a_full_broker(project):
     with pytest.raises(WrongAnswer, match="ended before it was ready"):
         project.worker(f"celery -A shop worker {QUICK}")
     assert "OutOfMemoryError" in project.log() and project.broker.llen("celery") == 1
+
+
+def test_messages_that_a_worker_cannot_put_back_stay_in_unacked(project):
+    stands("01b", "The messages that were reserved are still in `unacked`, because the worker could not put them back.")
+    notes(project, more="--pool=threads -c 1")
+    sent = [project.client().send_task("note", args=(n, 3), ignore_result=True).id for n in range(8)]
+    logged(project, "noted: 0")
+    until(lambda: project.broker.hlen("unacked") == 4, "four messages to be reserved")
+    project.broker.config_set("maxmemory-policy", "noeviction")
+    project.broker.config_set("maxmemory", "500kb")
+    logged(project, "Restoring")
+    ids = [json.loads(copy)[0]["headers"]["id"] for copy in project.broker.hvals("unacked")]
+    assert {*sent[2:5]} <= {*ids}, "sent[1] had started, and so the worker reached for sent[5]"
+
+
+def test_purge_asks_first_and_f_is_for_not_asking(project):
+    stands("01b", "(`-f` means: don't ask whether I'm sure.)")
+    (project.folder / "notes.py").write_text(NOTES)
+    project.client().send_task("note", ignore_result=True)
+    project.run("sh -c 'echo n | celery -A notes purge || true'")
+    assert project.broker.llen("celery") == 1
+    assert "Purged 1 message" in project.run("celery -A notes purge -f")
+
+
+def test_a_password_in_the_url_and_the_name_of_the_machine():
+    stands("01b", "`redis://:PASSWORD@host:6379/0` in the URL", "`%h` stands for the name of the machine.")
+    with kombu.Connection("redis://:PASSWORD@host:6379/0") as connection:
+        assert (connection.password, connection.hostname, connection.port) == ("PASSWORD", "host", 6379)
+    assert host_format("parcels@%h") == f"parcels@{socket.gethostname()}"
 
 
 def test_the_broker_of_compose_is_for_this_machine_only():
@@ -399,6 +476,23 @@ def test_volatile_ttl_drops_results_and_no_queue_and_noeviction_refuses_both(pro
     assert server.llen("celery") == 2
 
 
+def test_a_client_stores_nothing_and_a_timedelta_counts_as_its_seconds(project):
+    stands(
+        "02",
+        "it plays no part here, because a client stores nothing",
+        "(`timedelta(hours=1)` from Python's `datetime` says that more clearly.)",
+    )
+    stands("02b", "Nobody stores `PENDING`.")
+    client = project.client()
+    asked = client.send_task("note")
+    assert (asked.state, writes(project), project.backend.keys()) == ("PENDING", 0, [])
+    for expires in (3600, timedelta(hours=1)):
+        again = project.client()
+        again.conf.result_expires = expires
+        again.backend.store_result(str(expires), 42, "SUCCESS")
+        assert 3590 < project.backend.ttl(f"celery-task-meta-{expires}") <= 3600
+
+
 # --- 02b -----------------------------------------------------------------------------------------------------
 
 
@@ -422,6 +516,8 @@ def test_flaky_is_tried_again_after_a_second_and_add_long_takes_its_time(project
     assert [record["status"] for record in records] == [*flaky, *add_long]
     assert str(records[1]["result"]) == "the service is not up yet"
     assert at[2] - at[1] > 0.9 and at[5] - at[4] > 0.9
+    stands("02b", "A **retry** means that the worker sends the task to the broker once more")
+    assert project.broker.info("commandstats")["cmdstat_lpush"]["calls"] == 3  # flaky twice, and add_long
 
 
 def test_a_task_that_no_worker_knows_fails_without_being_started(project):
@@ -475,6 +571,24 @@ def test_by_default_started_is_not_stored_which_saves_a_write(project):
         written.append(writes(project))
     assert written[1] - written[0] == 1
     assert add.track_started and not Celery(set_as_current=False).conf.task_track_started
+
+
+def test_started_is_stored_as_well_if_only_the_task_asks_for_it(project):
+    stands("02b", "if its app has the setting `task_track_started`, or if the task has `track_started`")
+    text = NOTES.replace('name="note"', 'name="note", track_started=True')
+    (project.folder / "notes.py").write_text(text)
+    project.worker(NOTES_WORKER.format(option="", more="--pool=solo"))
+    before = writes(project)
+    project.client().send_task("note", args=("tracked",)).get(timeout=20)
+    assert writes(project) - before == 2
+
+
+def test_the_class_that_celery_makes_up_is_no_attribute_of_its_module():
+    stands("02b", "**d.** The client doesn't have the real class, so Celery makes up a class with the same name.")
+    stored = {"exc_type": "OutOfStock", "exc_message": ["pen", 0], "exc_module": "no_such_shop"}
+    error = Celery(set_as_current=False).backend.exception_to_python(stored)
+    assert isinstance(error, Exception) and type(error).__name__ == "OutOfStock"
+    assert not hasattr(celery.exceptions, "OutOfStock"), "or answer a) would be right as well"
 
 
 def test_an_exception_that_passes_all_its_arguments_on_comes_back(project):
@@ -544,6 +658,34 @@ def test_the_retry_policies_of_clients_and_of_patient_workers():
     pauses = [get_exponential_backoff_interval(10, retries, 10_000) for retries in range(20)]
     assert pauses == sorted(pauses) and pauses[-1] == 10_000
     assert not plain.conf.result_backend_always_retry and not plain.conf.task_track_started
+
+
+def test_a_worker_tries_once_to_store_a_result(monkeypatch):
+    stands("02c", "`hasty` tried once to store the result, and gave up.")
+    attempts = []
+
+    def refused(self):
+        attempts.append(self)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(Connection, "_connect", refused)
+    own = Celery(set_as_current=False)
+    own.conf.result_backend_transport_options = course_app.conf.result_backend_transport_options
+    own.backend_cls = "redis://localhost:1/0"
+    with pytest.raises(RedisConnectionError):
+        own.backend.store_result("an-id", 42, "SUCCESS")
+    assert len(attempts) == 1
+
+
+def test_a_client_subscribes_to_results_that_it_wants(project):
+    stands(
+        "02c", "Before a client sends a task, it subscribes to the task's result, and for that it needs the backend."
+    )
+    client = project.client()
+    client.send_task("note", ignore_result=True)
+    assert project.backend.pubsub_channels() == []
+    asked = client.send_task("note")
+    until(lambda: project.backend.pubsub_channels() == [f"celery-task-meta-{asked.id}".encode()], "it to subscribe")
 
 
 @pytest.mark.parametrize("tracked", [False, True])
