@@ -66,9 +66,9 @@ class Project:
                 )
             )
             assert servers.stdout  # a pipe
-            self._environment = json.loads(servers.stdout.readline())
-            self._environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{self._environment['PATH']}"
-            urls = self._environment["CELERY_BROKER_URL"], self._environment["CELERY_RESULT_BACKEND"]
+            self.environment = json.loads(servers.stdout.readline())
+            self.environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{self.environment['PATH']}"
+            urls = self.environment["CELERY_BROKER_URL"], self.environment["CELERY_RESULT_BACKEND"]
             self.broker, self.backend = (self._stack.enter_context(Redis.from_url(url)) for url in urls)
             self._stack = self._stack.pop_all()
         return self
@@ -127,8 +127,8 @@ class Project:
         """An app on the project's servers that has none of the project's code."""
         app = Celery(set_as_current=False)
         # this process's environment names other servers, and Celery prefers it to broker= and backend=
-        app.conf.broker_read_url = app.conf.broker_write_url = self._environment["CELERY_BROKER_URL"]
-        app.backend_cls = self._environment["CELERY_RESULT_BACKEND"]
+        app.conf.broker_read_url = app.conf.broker_write_url = self.environment["CELERY_BROKER_URL"]
+        app.backend_cls = self.environment["CELERY_RESULT_BACKEND"]
         self._stack.callback(app.close)
         return app
 
@@ -138,7 +138,7 @@ class Project:
         process = subprocess.Popen(
             [sys.executable, "-I", SUPERVISOR, f"exec {command}", "single"],
             cwd=self.folder,
-            env=self._environment,
+            env=self.environment,
             stdin=subprocess.PIPE,
             stdout=log.open("wb"),
             start_new_session=True,

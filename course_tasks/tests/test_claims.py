@@ -1593,7 +1593,7 @@ def test_a_chain_needs_no_backend_and_a_chord_does(project):
         chord([part, part], part).apply_async()
 
 
-QUICK = """
+QUICK_TASKS = """
 import time
 from celery import Celery
 app = Celery("quick")
@@ -1622,7 +1622,7 @@ def test_a_worker_takes_every_countdown_and_a_chord_counts_silent_parts_and_info
         "It is `None` before the task starts, and the result after the task has ended.",
         "until the first report, it is the dictionary of the state `STARTED`, which has no `done`",
     )
-    (project.folder / "quick.py").write_text(QUICK)
+    (project.folder / "quick.py").write_text(QUICK_TASKS)
     client = project.client()
     report = client.send_task("report")
     infos = [report.info]
@@ -1826,8 +1826,8 @@ class Pool:
         return early and f"Task {task}[{result.id}] succeeded" not in self.project.log()
 
     def answers(self, task: str) -> bool:
-        """Whether it answers a ping during a task."""
-        result = self.running(task, 2)
+        """Whether it answers a ping during a task, and not only after it."""
+        result = self.running(task, 4)
         answers = self.client.control.ping([self.node], timeout=1.5, limit=1)
         result.get(timeout=60)
         return bool(answers)
@@ -2394,20 +2394,20 @@ print([issubclass(app.task(name=base.__name__, base=base)(add).Request, Correlat
 # --- 07d -----------------------------------------------------------------------------------------------------
 
 WEB = ("web", "web-order", "web-id", "log-config")  # the cells that write the web service
-SHOP = ("shop", "shop-tasks")
+TASKS_OF_THE_SHOP = ("shop", "shop-tasks")
 
 
 @contextlib.contextmanager
 def service(project: Project, edit=lambda source: source):
     """The chapter's web service under uvicorn, on the project's broker; gives its port."""
     for cell in cells(copies.chapters()["07d"], "code"):
-        if cell.id in (*WEB, *SHOP):
+        if cell.id in (*WEB, *TASKS_OF_THE_SHOP):
             magic, _, source = cell.source.partition("\n")
             with (project.folder / Path(magic.split()[-1]).name).open("a") as file:
                 file.write(edit(source) + "\n")
     port = free_port()
     command = [sys.executable, "-m", "uvicorn", "web:app", "--port", str(port), "--log-config", "log.json"]
-    process = subprocess.Popen(command, cwd=project.folder, env=project._environment)
+    process = subprocess.Popen(command, cwd=project.folder, env=project.environment)
     try:
         until(lambda: listens(port), "the web service", seconds=20)
         yield port
@@ -2478,7 +2478,11 @@ def test_starlette_has_forty_threads_and_celery_by_itself_no_time_out_for_the_br
 def test_a_worker_replaces_an_id_that_forges_lines(project):
     stands("07d", "It replaces an id that isn't fit for a log by the id of the first task.")
     (project.folder / "shop.py").write_text(
-        "\n".join(cell.source.partition("\n")[2] for cell in cells(copies.chapters()["07d"], "code") if cell.id in SHOP)
+        "\n".join(
+            cell.source.partition("\n")[2]
+            for cell in cells(copies.chapters()["07d"], "code")
+            if cell.id in TASKS_OF_THE_SHOP
+        )
     )
     project.worker("celery -A shop worker --pool=threads --without-mingle --without-gossip")
     forged = {HEADER: "ada-7\n[2026-01-01 00:00:00,000 INFO ben-8] Task pay[1] succeeded"}
