@@ -38,6 +38,7 @@ class Project:
     Attributes:
         broker: a client of the project's broker.
         backend: a client of the project's backend.
+        environment: the variables that the project's programs have.
 
     Raises:
         WrongAnswer: there is no such folder.
@@ -45,6 +46,7 @@ class Project:
 
     broker: Redis
     backend: Redis
+    environment: dict[str, str]
 
     def __init__(self, folder: str):
         self.folder = Path(folder)
