@@ -18,16 +18,16 @@ def _gone(answer: Callable) -> str | None:
         if said == number:
             continue
         if late:
-            why = "a task acknowledged late counts as unacknowledged while it runs: the limit includes it"
+            why = "a task that is acknowledged late is unacknowledged while it runs, so the limit includes it"
         elif said == slots * multiplier:
-            why = f"that is the stock alone. The {slots} that run have left the queue too, acknowledged as they began"
+            why = f"those are only the reserved ones. The {slots} running tasks have left the queue as well"
         else:
-            why = "the stock is so many for each slot, and those that run come on top"
-        return f"for {worker} it says {said!r}, and {number} are gone: {why}."
+            why = "the limit is the number of slots times the multiplier, and the running tasks come on top"
+        return f"for {worker} it says {said!r}, but {number} have left the queue. {why[0].upper()}{why[1:]}."
     return None
 
 
-def _routes(answer: dict) -> str | None:
+def _routes(answer: dict | list | tuple) -> str | None:
     app = Celery("judge", set_as_current=False)
     app.conf.task_routes = answer
     for task, wanted in QUEUES.items():
@@ -52,14 +52,22 @@ EXERCISES = {
         kind=Callable,
         judge=_gone,
         wrong={
-            "answer = lambda slots, multiplier, late: slots * multiplier": "that is the stock alone",
+            "answer = lambda slots, multiplier, late: slots * multiplier": "only the reserved ones",
             "answer = lambda slots, multiplier, late: slots * multiplier + slots": "the limit includes it",
-            "answer = lambda slots, multiplier, late: slots + multiplier": "so many for each slot",
+            "answer = lambda slots, multiplier, late: slots + multiplier": "number of slots times the multiplier",
             "answer = lambda slots, multiplier: slots * multiplier": "your function raised TypeError",
+            "answer = lambda slots, multiplier, late: slots * (multiplier + 1)": "the limit includes it",
         },
+        right=(
+            "answer = lambda slots, multiplier, late: slots * (multiplier + (not late))",
+            "import functools\n\n"
+            "@functools.cache\ndef answer(*given):\n"
+            "    slots, multiplier, late = map(int, given)\n"
+            "    return float(slots * multiplier + slots - slots * late)",
+        ),
     ),
     "06b-2": Exercise(
-        kind=dict,
+        kind=(dict, list, tuple),
         judge=_routes,
         wrong={
             'answer = {"report": {"queue": "long"}}': "nothing is said of thumbnail",
@@ -67,7 +75,14 @@ EXERCISES = {
             'answer = {"report": {"queue": "long"}, "*": {"queue": "long"}}': "waits for long ones",
             'answer = {"long": {"queue": "report"}, "short": {"queue": "mail"}}': "nothing is said of report",
             'answer = {"report": {"queue": "slow"}, "*": {"queue": "short"}}': "report goes to slow, and",
+            'answer = [("*", {"queue": "short"}), ("report", {"queue": "long"})]': "holds up short ones",
         },
+        right=(
+            'answer = {"*": "short", "report": "long"}',
+            'answer = [("report", {"queue": "long"}), ("*", {"queue": "short"})]',
+            "import re\n\nfrom kombu import Queue\n\n"
+            'answer = ([(re.compile("thumb.*|mail"), {"queue": "short"}), ("report", {"queue": Queue("long")})],)',
+        ),
     ),
 }
 

@@ -2108,6 +2108,26 @@ def test_one_green_slot_is_quick_with_the_usual_multiplier_and_late_acknowledgem
 # --- 06b -----------------------------------------------------------------------------------------------------
 
 
+def test_the_defaults_of_prefetching():
+    stands("06b", "**prefetch multiplier**, which is 4 by default", "It is off by default.")
+    conf = Celery(set_as_current=False).conf
+    assert (conf.worker_prefetch_multiplier, conf.worker_eta_task_limit, conf.task_acks_late) == (4, None, False)
+
+
+def test_a_multiplier_of_0_in_the_configuration_is_no_limit(project):
+    stands("06b", "A multiplier of 0 in the configuration means that there is no limit at all")
+    notes(project, "worker_prefetch_multiplier = 0", more="--pool=threads -c 1")
+    for _ in range(30):
+        project.client().send_task("note", args=("long", 5))
+    until(lambda: project.broker.hlen("unacked") == 29, "all but the running one are reserved")
+
+
+def test_prefetching_is_disabled_with_redis_only(project):
+    stands("06b", "which exists for Redis only")
+    notes(project, option="-b memory://", more="--pool=solo --disable-prefetch")
+    logged(project, "worker_disable_prefetch is only supported for Redis brokers")
+
+
 # --- 07 ------------------------------------------------------------------------------------------------------
 
 
