@@ -55,10 +55,9 @@ EXERCISES = {
         judge=_gone,
         wrong={
             "answer = lambda slots, multiplier, late: slots * multiplier": "only the reserved ones",
-            "answer = lambda slots, multiplier, late: slots * multiplier + slots": "the limit includes it",
+            "answer = lambda slots, multiplier, late: slots * (multiplier + 1)": "the limit includes it",
             "answer = lambda slots, multiplier, late: slots + multiplier": "number of slots times the multiplier",
             "answer = lambda slots, multiplier: slots * multiplier": "your function raised TypeError",
-            "answer = lambda slots, multiplier, late: slots * (multiplier + 1)": "the limit includes it",
         },
         right=(
             "answer = lambda slots, multiplier, late: slots * (multiplier + (not late))",
