@@ -57,7 +57,9 @@ class Project:
 
     def __enter__(self):
         with self._stack:
-            self._home = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="course-")))
+            self._home = Path(
+                self._stack.enter_context(tempfile.TemporaryDirectory(prefix="course-", ignore_cleanup_errors=True))
+            )
             servers = self._stack.enter_context(
                 # they end when this pipe is closed, and so with this process, however it ends
                 subprocess.Popen(

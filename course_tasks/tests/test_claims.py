@@ -2117,8 +2117,9 @@ def test_the_defaults_of_prefetching():
 def test_a_multiplier_of_0_in_the_configuration_is_no_limit(project):
     stands("06b", "A multiplier of 0 in the configuration means that there is no limit at all")
     notes(project, "worker_prefetch_multiplier = 0", more="--pool=threads -c 1")
+    client = project.client()
     for _ in range(30):
-        project.client().send_task("note", args=("long", 5))
+        client.send_task("note", args=("long", 60))
     until(lambda: project.broker.hlen("unacked") == 29, "all but the running one are reserved")
 
 
