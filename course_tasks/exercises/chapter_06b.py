@@ -34,6 +34,8 @@ def _routes(answer: dict | list | tuple) -> str | None:
         try:
             queue = app.amqp.router.route({}, task).get("queue")
         except Exception as error:
+            if isinstance(answer, list | tuple) and all(isinstance(pair, tuple) for pair in answer):
+                return "Celery reads a list of pairs only inside another list, as in [[(name, route), (name, route)]]."
             return f"Celery can't read it: {type(error).__name__}: {error}."
         name = queue.name if queue else app.conf.task_default_queue
         if name == wanted:
@@ -53,10 +55,9 @@ EXERCISES = {
         judge=_gone,
         wrong={
             "answer = lambda slots, multiplier, late: slots * multiplier": "only the reserved ones",
-            "answer = lambda slots, multiplier, late: slots * multiplier + slots": "the limit includes it",
+            "answer = lambda slots, multiplier, late: slots * (multiplier + 1)": "the limit includes it",
             "answer = lambda slots, multiplier, late: slots + multiplier": "number of slots times the multiplier",
             "answer = lambda slots, multiplier: slots * multiplier": "your function raised TypeError",
-            "answer = lambda slots, multiplier, late: slots * (multiplier + 1)": "the limit includes it",
         },
         right=(
             "answer = lambda slots, multiplier, late: slots * (multiplier + (not late))",
@@ -75,11 +76,11 @@ EXERCISES = {
             'answer = {"report": {"queue": "long"}, "*": {"queue": "long"}}': "waits for long ones",
             'answer = {"long": {"queue": "report"}, "short": {"queue": "mail"}}': "nothing is said of report",
             'answer = {"report": {"queue": "slow"}, "*": {"queue": "short"}}': "report goes to slow, and",
-            'answer = [("*", {"queue": "short"}), ("report", {"queue": "long"})]': "holds up short ones",
+            'answer = [("report", {"queue": "long"}), ("*", {"queue": "short"})]': "only inside another list",
         },
         right=(
             'answer = {"*": "short", "report": "long"}',
-            'answer = [("report", {"queue": "long"}), ("*", {"queue": "short"})]',
+            'answer = [[("report", {"queue": "long"}), ("*", {"queue": "short"})]]',
             "import re\n\nfrom kombu import Queue\n\n"
             'answer = ([(re.compile("thumb.*|mail"), {"queue": "short"}), ("report", {"queue": Queue("long")})],)',
         ),
