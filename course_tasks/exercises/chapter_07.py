@@ -56,7 +56,7 @@ def _requests(answer: Callable) -> str | None:
 
 
 REQUESTS = {"eve-9": 20, "zoe-3": 300}
-TASKS = ("order", "bill", "mail")
+TASKS = {"order": 2, "mail": 4}  # order sends a mail
 LINE = re.compile(r"\[[^]]* (?P<id>\S+)\] Task (?P<task>\w+)\[(?P<own>[^]]+)\] succeeded in ")
 
 
@@ -65,20 +65,20 @@ def _market(folder: str) -> str | None:
         project.worker("celery -A market worker --pool=threads --concurrency=4 --without-mingle --without-gossip")
         project.run("python web.py")
         deadline, quiet = time.monotonic() + 20, 0
-        while len(ended := _ended(project)) < len(REQUESTS) * len(TASKS) and time.monotonic() < deadline and quiet < 25:
+        while len(ended := _ended(project)) < sum(TASKS.values()) and time.monotonic() < deadline and quiet < 25:
             time.sleep(0.02)
             left = project.broker.llen("celery") or project.log().count(" received\n") > len(ended)
             quiet = 0 if left else quiet + 1  # for half a second there has been nothing to do
         tasks = Counter(line["task"] for line in ended)
-        if tasks != dict.fromkeys(TASKS, len(REQUESTS)):
-            return f"two of each task should run, but these have ended: {dict(sorted(tasks.items()))}."
+        if tasks != TASKS:
+            return f"the tasks that have run are {dict(sorted(tasks.items()))}, but it should be {TASKS}."
         owns = Counter(line["own"] for line in ended)
         if common := [own for own, number in owns.items() if number > 1]:
             return f"several tasks have the id {common[0]}. Each task should have an id of its own."
         if others := [line for line in ended if line["id"] not in REQUESTS]:
             return f"the lines about {others[0]['task']} have the id {others[0]['id']}, which is no id of a request."
         for id, price in REQUESTS.items():
-            for text in (f"billed {price}", f"mailed: thank you for {price}"):
+            for text in (f"mailed: a bill of {price}", f"mailed: thank you for {price}"):
                 if f" {id}] {text}\n" not in project.log():
                     return f"the line {text!r} should be logged, with the id {id}."
         return None
@@ -104,17 +104,18 @@ for id, price in [("eve-9", 20), ("zoe-3", 300)]:
 
 SET = "token = correlation_id.set(id)"
 RESET = "correlation_id.reset(token)"
-ORDER, BILL = (f'client.send_task("{task}", args=(price,))' for task in ("order", "bill"))
+ORDER = 'client.send_task("order", args=(price,))'
+BILL = 'client.send_task("mail", args=(f"a bill of {price}",))'
 TOGETHER = """%%writefile scratch/market/web.py
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from course_tasks.correlation import correlation_id
-from market import bill, order
+from market import mail, order
 
 def serve(id, price):
     correlation_id.set(id)
     order.delay(price)
-    bill.apply_async(kwargs={"price": price})
+    mail.apply_async(kwargs={"text": f"a bill of {price}"})
 
 with ThreadPoolExecutor() as threads:
     for given in [("eve-9", 20), ("zoe-3", 300)]:
@@ -203,11 +204,11 @@ EXERCISES = {
         wrong={
             _web(ORDER, BILL, SET): "which is no id of a request",
             _web(*(f"{call[:-1]}, task_id=id)" for call in (ORDER, BILL)), before=""): "several tasks have the id",
-            _web(ORDER[:-1] + ", task_id=id)", BILL, before=""): "the lines about bill have the id",
-            _web(SET, ORDER, RESET, BILL): "the lines about bill",
+            _web(ORDER[:-1] + ", task_id=id)", BILL, before=""): "the lines about mail have the id",
+            _web(SET, ORDER, RESET, BILL): "the lines about mail",
             _web(SET, ORDER, BILL, RESET, before=""): "no id of a request",
             _web(ORDER, BILL, before='install(client)\ncorrelation_id.set("eve-9")'): "with the id zoe-3",
-            _web(SET, ORDER, RESET): "two of each task should run",
+            _web(SET, ORDER, RESET): "but it should be",
             _web(SET, ORDER, BILL, RESET, before="correlation.install(client)"): "NameError",
         },
         right=(
