@@ -2132,6 +2132,18 @@ def test_prefetching_is_disabled_with_redis_only(project):
 # --- 07 ------------------------------------------------------------------------------------------------------
 
 
+def test_a_task_passes_its_root_id_on_which_is_not_in_the_log_by_default(project):
+    stands("07", "if a task sends another one, it passes its `root_id` on")
+    stands("07", "by default, Celery doesn't write `root_id` into the log")
+    sending = '@app.task(name="first")\ndef first():\n    app.send_task("second", queue="nobody")\n'
+    notes(project, f"update()\n{sending}")
+    first = project.client().send_task("first", root_id="a-root")
+    logged(project, f"Task first[{first.id}] succeeded")
+    headers = json.loads(project.broker.rpop("nobody"))["headers"]
+    assert headers["root_id"] == "a-root" != headers["id"]
+    assert "a-root" not in project.log()
+
+
 # --- 07b -----------------------------------------------------------------------------------------------------
 
 
