@@ -31,6 +31,7 @@ from xdist.scheduler import LoadScopeScheduling
 from course_tasks import copies, exercises, servers
 from course_tasks.authoring import kernels, record
 from course_tasks.classroom import free_port
+from course_tasks.exercises.project import Project
 
 STACK = pytest.StashKey[contextlib.ExitStack]()
 PAIR = pytest.StashKey[servers.Pair]()
@@ -105,7 +106,7 @@ def pytest_xdist_auto_num_workers(config) -> int:
     return max(1, min(6, 3 * (os.cpu_count() or 1), round(psutil.virtual_memory().total / 1e9)))
 
 
-APART = ("test_claims.py", "test_install.py", "test_project.py")  # files whose tests have nothing in common
+APART = ("test_claims", "test_install.py", "test_project.py")  # files whose tests have nothing in common
 
 
 class Scheduling(LoadScopeScheduling):
@@ -334,6 +335,13 @@ def pair(request) -> servers.Pair:
     return request.config.stash[PAIR]
 
 
+@pytest.fixture
+def project(tmp_path):
+    """An empty folder, and a broker and a backend for what is written there."""
+    with Project(str(tmp_path)) as project:
+        yield project
+
+
 def lacking(what: str) -> NoReturn:
     """Skip for want of something that contributors have. Where COURSE_CI=1 promises all of that, fail."""
     if os.environ.get("COURSE_CI"):
@@ -356,6 +364,18 @@ def until(condition, what: str, seconds: float = 60):
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
         time.sleep(0.02)
     return found
+
+
+def stands(chapter: str, *sentences: str) -> None:
+    """Check that sentences are in a chapter's text still, whatever the line breaks."""
+    text = " ".join("\n".join(cell.source for cell in cells(copies.chapters()[chapter], "markdown")).split())
+    for sentence in sentences:
+        assert " ".join(sentence.split()) in text, f"chapter {chapter} no longer says: {sentence}"
+
+
+def logged(project: Project, text: str) -> None:
+    """Wait for a text in the log of the project's workers."""
+    until(lambda: text in project.log(), f"{text!r} in the log:\n{project.log()}", seconds=20)
 
 
 def processes(text: str, among: Iterable[psutil.Process] | None = None) -> list[psutil.Process]:
