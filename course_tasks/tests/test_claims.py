@@ -1247,7 +1247,7 @@ def test_messages_taken_ahead_get_too_old_and_with_a_multiplier_of_1_they_do_not
     for multiplier, task in ((1, "late"), (4, "late"), (4, "early")):
         write_risk(
             tmp_path,
-            broker_transport_options={"visibility_timeout": 5, **FAST},
+            broker_transport_options={"visibility_timeout": 3, **FAST},
             worker_prefetch_multiplier=multiplier,
         )
         before = project.log().count("began")
