@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 
+import psutil
 from celery.exceptions import TimeoutError
 
 from course_tasks.exercises import Exercise, Question, called, unfit_spans
@@ -25,7 +26,19 @@ def _fast(answer: list) -> str | None:
     together = at_once(answer)
     if together == 1:
         return "they ran one by one: either the pool has one slot, or you waited for each before you sent the next one."
-    return None if together >= 4 else f"at most {together} of them ran at the same time. Which pool has more slots?"
+    if together < 4:
+        busy = "(If your pool has ten, the machine was busy: send them again.)"
+        return f"at most {together} of them ran at the same time. Which pool has more slots? {busy}"
+    if not all(map(_is_celery, {value["pid"] for value in answer})):
+        return "no worker that is running now has run them. Is the worker still there? Send the tasks again."
+    return None
+
+
+def _is_celery(pid: int) -> bool:
+    try:
+        return "celery" in " ".join(psutil.Process(pid).cmdline())
+    except psutil.Error:
+        return False
 
 
 def _pool(answer: Callable) -> str | None:
@@ -91,6 +104,9 @@ EXERCISES = {
             RUN.format("wait", 0.5, "solo"): "they ran one by one",
             RUN.format("wait", 0.5, "prefork"): "at most 2 of them",
             RUN.format("wait", 0.1, "gevent"): "8 tasks of [0.1] s",
+            RUN.format("compute", 0.5, "threads"): "Did you send `wait`",
+            'made_up = {"pid": 1, "thread": "Dummy-1", "start": 1.0, "end": 1.5, "delayed": 0.0, "seconds": 0.5}\n'
+            "answer = 8 * [made_up]": "no worker that is running now",
             "answer = []\n"
             "for _ in range(8):\n"
             '    answer += run_tasks(client, "wait", args=(0.5,), queue="threads")': "you waited for each",

@@ -34,14 +34,16 @@ COMMANDS = (
 def _ended(answer: dict) -> str | None:
     if answer.get("queue") not in QUEUES:
         return f"no worker of this chapter reads the queue {answer.get('queue', 'celery')!r}."
+    if odd := [limit for name in LIMITS if not isinstance(limit := answer.get(name) or 0, int | float)]:
+        return f"a limit is a number of seconds, and this is {odd[0]!r}."
     value, state = _run(answer)
     if state == "SUCCESS":
         return f"the worker with {answer['queue']} ran it to its end: {_why(answer)}"
     if type(value).__name__ not in ("TimeLimitExceeded", "SoftTimeLimitExceeded"):
         return f"it was not ended by a limit. It failed with {type(value).__name__}: {value}."
-    limits = [answer[name] for name in LIMITS if answer.get(name) is not None]
-    if limits and min(limits) > ALLOWED:
-        return f"the worker ended it, but only after {min(limits):g} s, and it should after at most {ALLOWED} s."
+    limit = answer.get("time_limit" if type(value).__name__ == "TimeLimitExceeded" else "soft_time_limit") or 0
+    if limit > ALLOWED:
+        return f"the worker ended it, but only after {limit:g} s, and it should after at most {ALLOWED} s."
     return None
 
 
@@ -63,9 +65,9 @@ def _run(options: dict) -> tuple[Any, str]:
 
 
 def _why(options: dict) -> str:
-    limits = [options[name] for name in LIMITS if options.get(name) is not None]
+    limits = [options[name] for name in LIMITS if options.get(name)]
     if not limits:
-        return "your options have no time limit, or its name is misspelt."
+        return "your options have no time limit (0 counts as none), or its name is misspelt."
     return f"{min(limits):g} s is too long, or this pool doesn't obey that limit."
 
 
@@ -141,8 +143,11 @@ EXERCISES = {
             'answer = {"queue": "threads", "time_limit": 1}': "with threads ran it to its end: 1 s is too long, or",
             'answer = {"queue": "gevent", "soft_time_limit": 1}': "with gevent ran it to its end",
             'answer = {"queue": "solo", "time_limit": 2, "soft_time_limit": 1}': "with solo ran it",
-            'answer = {"queue": "prefork", "timelimit": 1}': "no time limit, or its name is misspelt",
-            'answer = {"queue": "prefork", "time_limit": 2.5}': "only after 2.5 s",
+            'answer = {"queue": "prefork", "timelimit": 1}': "or its name is misspelt",
+            'answer = {"queue": "prefork", "time_limit": 0}': "(0 counts as none)",
+            'answer = {"queue": "prefork", "soft_time_limit": "1"}': "a number of seconds, and this is '1'",
+            # gevent ignores the soft limit
+            'answer = {"queue": "gevent", "time_limit": 2.5, "soft_time_limit": 1}': "only after 2.5 s",
             'answer = {"queue": "prefork", "time_limit": 30}': "30 s is too long",
             'answer = {"time_limit": 1}': "reads the queue 'celery'",
             'answer = ("prefork", 1)': "should be a dictionary",
