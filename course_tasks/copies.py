@@ -286,7 +286,7 @@ def _link_the_rest() -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A notebook's JSON; a text as if it were one cell of a notebook. Raises OSError, or ValueError if it is neither."""
+    """A notebook's JSON, or a text as if it were a notebook's one cell. Raises OSError; ValueError if it is neither."""
     if not path.is_file():
         raise ValueError("not a file")
     text = path.read_text(encoding="utf-8")

@@ -295,14 +295,13 @@ def test_the_reference_has_a_copy_for_notes_which_follows_an_update_and_is_never
         copy.write_text(noted)
         assert clone.update() == "" and copy.read_text() == noted, "the course has nothing newer"
     original.write_text("# Terms\n\nThe newest row.\n")
-    how = "You have changed yours, so it stays. To get the new one and keep yours: python3 -m course_tasks reset reference"
-    assert clone.update() == f"my_notebooks/reference.md: there is a newer version. {how}"
+    assert clone.update().startswith("my_notebooks/reference.md: there is a newer version. You have changed yours, so")
     assert copy.read_text() == noted
     assert clone.reset("reference")[0] == 0 and "The newest row." in copy.read_text()
     assert clone.holds(noted) == [clone.mine / "old" / "reference-1" / "reference.md"]
     copy.write_bytes(b"\xff")
     assert clone.update().startswith("my_notebooks/reference.md can't be read as a text, so it stays as it is.")
-    assert "# Terms\n\nThe newest row.\n" == original.read_text(), "nothing was written to the course's own"
+    assert original.read_text() == "# Terms\n\nThe newest row.\n", "nothing was written to the course's own"
     clone.check_tidy()
 
 
