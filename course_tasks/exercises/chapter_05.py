@@ -7,7 +7,7 @@ import psutil
 from celery.exceptions import TimeoutError
 
 from course_tasks.exercises import Exercise, Question, called, unfit_spans
-from course_tasks.exercises.project import Project
+from course_tasks.exercises.project import Project, answers
 from course_tasks.spans import at_once
 
 # What the task wait returns in each pool, and the pid of the worker's main process.
@@ -59,10 +59,14 @@ NUMBERS = 60_000_000  # a second or two of work
 
 def _fetches_in_time(folder: str) -> str | None:
     with Project(folder) as project:
-        project.worker("python start.py")
+        workers = project.worker("python start.py")
         client = project.client()
-        for name, queue in (("thumbnail", "computing"), ("fetch", "waiting")):  # until all workers are ready
-            try:
+        told = answers(client, "active_queues", workers)
+        read = [queue["name"] for queues in told for queue in queues]
+        for name, queue in (("thumbnail", "computing"), ("fetch", "waiting")):
+            if len(told) == workers and queue not in read:
+                return f"no worker reads the queue {queue!r}, so nobody runs a {name}."
+            try:  # a worker's first task may be slow
                 client.send_task(name, args=(0,), queue=queue).get(timeout=20)
             except TimeoutError:
                 return f"no worker has run a {name} from the queue {queue!r} within 20 s."
@@ -71,10 +75,13 @@ def _fetches_in_time(folder: str) -> str | None:
         while project.log().count("Task thumbnail[") < 3 and time.monotonic() < deadline:  # one more has been received
             time.sleep(0.02)
         # several, because a worker that is free may take one while another worker stands still
-        for fetch in [client.send_task("fetch", args=(0.1,), queue="waiting") for _ in range(8)]:
-            fetch.get(timeout=60)
-        late = any(photo.ready() for photo in photos)
-        return "while thumbnails are computed, a fetch still has to wait." if late else None
+        fetches = [client.send_task("fetch", args=(0.1,), queue="waiting") for _ in range(8)]
+        deadline = time.monotonic() + 60
+        while not all(fetch.ready() for fetch in fetches):
+            if any(photo.ready() for photo in photos) or time.monotonic() > deadline:
+                return "while thumbnails are computed, a fetch still has to wait."
+            time.sleep(0.02)
+        return None
 
 
 def _start(*workers: str) -> str:
@@ -160,7 +167,7 @@ EXERCISES = {
             _start("--pool=gevent -c 100 -Q waiting,computing"): "a fetch still has to wait",
             _start("--pool=prefork -c 2 -Q waiting,computing"): "still has to wait.",
             _start("--pool=solo -Q waiting,computing"): "while thumbnails are computed",
-            _start("--pool=gevent -c 20 -Q waiting"): "no worker has run a thumbnail",
+            _start("--pool=gevent -c 20 -Q waiting"): "no worker reads the queue 'computing'",
             _start("--pool=gevents -c 20 -Q waiting"): "ended before it was ready",
         },
         right=(
