@@ -106,23 +106,30 @@ def _at_once(folder: str) -> str | None:
             return slow
         if {answer["result"] for answer in answers} != {"in stock"}:
             return f"the tasks return {answers[0]['result']!r}, and no longer 'in stock'."
-        ends = sorted(datetime.fromisoformat(answer["date_done"]) for answer in answers)
-        spread = (ends[-1] - ends[0]).total_seconds()
-        if spread < 0.9 * SECONDS:  # else at least one of them began when another one had ended
+        if _spread(answers) < 0.9 * SECONDS:  # else at least one of them began when another one had ended
             return None
-        return f"they were not asked at the same time: the last answer came {spread:.1f} s after the first."
+        return f"they were not asked at the same time: an answer came {_spread(answers):.1f} s after the first one."
+
+
+def _spread(answers: list[dict]) -> float:
+    """The seconds from the first answer to the last one."""
+    ends = sorted(datetime.fromisoformat(answer["date_done"]) for answer in answers)
+    return (ends[-1] - ends[0]).total_seconds() if ends else 0.0
 
 
 def _answers(client: Celery, count: int, seconds: float, timeout: float) -> list[dict] | None:
     """What the backend has of so many questions; None if they are not all answered in time.
+
+    If they are clearly not asked at the same time, only the first answers.
 
     No receipts are kept, because they would look for the project's servers when these are gone.
     """
     ids = [client.send_task("ask", args=(seconds,)).id for _ in range(count)]
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        answers = [client.backend.get_task_meta(task_id) for task_id in ids]
-        if all(answer["status"] in READY_STATES for answer in answers):
+        records = [client.backend.get_task_meta(task_id) for task_id in ids]
+        answers = [record for record in records if record["status"] in READY_STATES]
+        if len(answers) == count or _spread(answers) > SECONDS:
             return answers
         time.sleep(0.02)
     return None
@@ -193,8 +200,8 @@ EXERCISES = {
         project="scratch/stock",
         wrong={
             _start("--pool=gevent --concurrency=100"): "they were not asked at the same time",
-            _start("--pool=prefork --concurrency=2"): "the last answer came 1.",
-            _start("--pool=solo --concurrency=20"): "answer came 3.",
+            _start("--pool=prefork --concurrency=2"): "answer came 1.",
+            _start("--pool=solo --concurrency=20"): "at the same time: an answer came",
             _start("-Pgevent --concurrency=20"): "it doesn't run the tasks in time",
             _start("--pool=thread --concurrency=20"): "ended before it was ready",
         },
