@@ -2078,7 +2078,7 @@ def test_the_main_process_replaces_a_child_that_died(project, tmp_path):
 
 
 def test_slots_of_autoscale_stay_30_seconds_and_green_workers_look_once_a_second(monkeypatch):
-    stands("06", "removes slots when no task has arrived for 30 seconds", "It looks for new tasks once a second")
+    stands("06", "removes slots when no task has arrived for 30 seconds", "checks once a second whether it needs more slots")
     environment = {name: value for name, value in os.environ.items() if name != "AUTOSCALE_KEEPALIVE"}
     code = "from celery.worker import autoscale; print(autoscale.AUTOSCALE_KEEPALIVE)"
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
