@@ -2078,7 +2078,8 @@ def test_the_main_process_replaces_a_child_that_died(project, tmp_path):
 
 
 def test_slots_of_autoscale_stay_30_seconds_and_green_workers_look_once_a_second(monkeypatch):
-    stands("06", "removes slots when no task has arrived for 30 seconds", "checks once a second whether it needs more slots")
+    stands("06", "removes slots when no task has arrived for 30 seconds")
+    stands("06", "checks once a second whether it needs more slots")
     environment = {name: value for name, value in os.environ.items() if name != "AUTOSCALE_KEEPALIVE"}
     code = "from celery.worker import autoscale; print(autoscale.AUTOSCALE_KEEPALIVE)"
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -2118,13 +2119,16 @@ def test_pool_grow_lasts_until_the_worker_is_restarted_and_a_green_worker_waits_
     with tmp_path.joinpath("slotted.py").open("a") as file:
         file.write(WAITS)
     client = project.client()
+    seconds = {}
     for name, slots in {"slow": 2, "again": 1}.items():
         project.worker(f"{SLOTTED_WORKER} --pool=gevent -c 1 --prefetch-multiplier=1 -n {name}@%h -Q {name}")
         node = f"{name}@{socket.gethostname()}"
         if slots == 2:
             until(lambda: client.control.pool_grow(1, destination=[node], reply=True, limit=1), "it to grow")  # noqa: B023
-        took(client, "nap", 4, name)
+            took(client, "nap", 4, name, 0.3)
+        seconds[slots] = took(client, "nap", 2, name, 0.05)
         assert node_stats(client, name)["pool"]["max-concurrency"] == slots
+    assert seconds[2] < seconds[1] / 2
     # the other loop, which has one second, is for remote control
     assert {*re.findall(r"waits (.*)", project.log())} == {"{'timeout': 2.0}", "{'timeout': 1.0}"}
 
