@@ -164,7 +164,7 @@ EXERCISES = {
             "for number, span in enumerate(answer):\n"
             "    span.update(seconds=0.3, start=number, end=number + 0.3)": "they ran one by one",
             "answer = [\n"
-            '    {"pid": 1, "thread": f"t{n % 8}", "start": n // 8, "end": n // 8 + 0.3, "delayed": 0, "seconds": 0.3}\n'
+            '    {"pid": 1, "thread": n % 8, "start": n // 8, "end": n // 8 + 0.3, "delayed": 0, "seconds": 0.3}\n'
             "    for n in range(24)\n"
             "]": "no worker that is running now",
         },
