@@ -100,7 +100,7 @@ for worker in workers:
 """
 
 
-COMMAND = "celery -A photos worker --loglevel=INFO"
+COMMAND = "celery -A photos worker --loglevel=INFO --without-mingle"
 RUN = 'answer = run_tasks(client, "{}", args=({},), count=8, queue="{}")'
 
 EXERCISES = {

@@ -137,7 +137,8 @@ def _answers(client: Celery, count: int, seconds: float, timeout: float) -> list
 
 def _start(options: str) -> str:
     """A cell that writes start.sh."""
-    return f"%%writefile scratch/stock/start.sh\nexec celery -A stock worker --loglevel=INFO {options}\n"
+    command = f"celery -A stock worker --loglevel=INFO --without-mingle {options}"
+    return f"%%writefile scratch/stock/start.sh\nexec {command}\n"
 
 
 WORDS = "def answer(words):\n    return {}"
