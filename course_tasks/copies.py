@@ -1,5 +1,7 @@
 """The learner's working copies: `my_notebooks/` has the chapters of `notebooks/` without outputs, to work in.
 
+The reference page has a working copy too, so that notes which a learner writes there are in a file of their own.
+
 A copy whose cells are as the course delivered them follows an update of the course. A copy that the learner changed is
 never overwritten; `reset` replaces it and keeps it in `my_notebooks/old/`. To exchange a copy takes four steps, and a
 kill between any two of them, a full disk or somebody who saves in the meantime costs nothing:
@@ -29,7 +31,9 @@ from typing import Any
 from course_tasks.install import ROOT, Problem
 
 NOTEBOOKS = ROOT / "notebooks"
+REFERENCE = "reference"
 KEY = "course_tasks"  # in a notebook's metadata
+MARK = re.compile(r"\n<!-- delivered: (\w+) -->\n")  # in the reference, where JupyterLab shows no comments
 PATIENCE = 30.0  # seconds in which another command of the course has to be done with the folder
 
 
@@ -45,6 +49,12 @@ def chapters() -> dict[str, Path]:
         if re.fullmatch(r"\d\d[a-z]?", number(path.name)):  # any other notebook there is the learner's
             found.setdefault(number(path.name), path)
     return found
+
+
+def _originals() -> dict[str, Path]:
+    """What has a working copy, by the name that `reset` takes: the chapters, and the reference."""
+    page = NOTEBOOKS / f"{REFERENCE}.md"
+    return chapters() | ({REFERENCE: page} if page.is_file() else {})
 
 
 def number(name: str) -> str:
@@ -67,7 +77,7 @@ def start_page(chapter: str | None) -> str:
 
 
 def update() -> list[str]:
-    """Give every chapter a working copy, and bring up to date those that are still as delivered.
+    """Give every chapter and the reference a working copy, and bring up to date those that are still as delivered.
 
     Returns:
         A line for each thing that the learner should know. Empty if all is well.
@@ -75,7 +85,7 @@ def update() -> list[str]:
     try:
         with locked(folder()):
             _link_the_rest()
-            return [line for path in chapters().values() if (line := _update(path))]
+            return [line for path in _originals().values() if (line := _update(path))]
     except OSError as error:
         place = shown(folder())
         return [f"Can't bring {place} up to date: {reason(error)}. It stays as it was; the next `lab` tries again."]
@@ -85,7 +95,7 @@ def reset(names: list[str]) -> list[str]:
     """Give chapters fresh working copies, and keep the old ones in `old/`.
 
     Args:
-        names: the chapters as "05" or "05_pools.ipynb".
+        names: the chapters as "05" or "05_pools.ipynb"; "reference" for the reference.
 
     Returns:
         A line for each chapter, which says where the old copy is.
@@ -93,13 +103,13 @@ def reset(names: list[str]) -> list[str]:
     Raises:
         Problem: there is no such chapter (then nothing is done), or a file can't be written.
     """
-    known = chapters()
+    known = _originals()
     if not names:
         raise Problem("Which chapter? For example: python3 -m course_tasks reset 05")
     for name in names:
         if number(name) not in known:
             near = difflib.get_close_matches(number(name), known, 1)
-            hint = f"Did you mean {near[0]}?" if near else f"The chapters are {', '.join(known)}."
+            hint = f"Did you mean {near[0]}?" if near else f"The chapters are {', '.join(chapters())}."
             raise Problem(f"There is no chapter {name}. {hint}")
     try:
         with locked(folder()):
@@ -121,7 +131,8 @@ def _update(source: Path) -> str:
         try:
             mine = _read(copy)
         except (OSError, ValueError):
-            return f"{shown(copy)} can't be read as a notebook, so it stays as it is. For a fresh one: {how}"
+            kind = "notebook" if copy.suffix == ".ipynb" else "text"
+            return f"{shown(copy)} can't be read as a {kind}, so it stays as it is. For a fresh one: {how}"
         if _digest(mine) != _delivered(mine):
             current = _delivered(fresh) in (_digest(mine), _delivered(mine))
             newer = "there is a newer version. You have changed yours, so it stays. To get the new one and keep yours"
@@ -156,7 +167,7 @@ def _exchange(copy: Path, fresh: dict[str, Any], keep: bool) -> Path | None:
     old = None
     try:
         with new.open("x", encoding="utf-8") as file:
-            file.write(json.dumps(fresh, indent=1, ensure_ascii=False) + "\n")
+            file.write(_written(fresh, copy))
         if os.path.lexists(copy):
             old = set_aside(copy)
         saved_meanwhile = old is not None and not keep and not _as_delivered(old)
@@ -260,7 +271,13 @@ def _link_the_rest() -> None:
         (folder() / "scratch").mkdir()
     for entry in NOTEBOOKS.iterdir():
         link = folder() / entry.name
-        if entry.suffix == ".ipynb" or entry.name == "scratch" or entry.name[0] == "." or os.path.lexists(link):
+        if entry.suffix == ".ipynb" or entry.name == "scratch" or entry.name[0] == ".":
+            continue
+        if entry.name == f"{REFERENCE}.md":
+            if link.is_symlink() and link.resolve() == entry.resolve():  # as older versions of the course had it
+                link.unlink()
+            continue
+        if os.path.lexists(link):
             continue
         try:
             link.symlink_to(os.path.relpath(entry, folder()))
@@ -269,11 +286,16 @@ def _link_the_rest() -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A notebook's JSON. Raises OSError, or ValueError if it is no notebook."""
+    """A notebook's JSON, or a text as if it were a notebook's one cell. Raises OSError; ValueError if it is neither."""
     if not path.is_file():
         raise ValueError("not a file")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".ipynb":
+        mark = MARK.search(text)
+        metadata = {KEY: {"delivered": mark[1]}} if mark else {}
+        return {"cells": [{"cell_type": "markdown", "source": MARK.sub("", text)}], "metadata": metadata}
     try:
-        notebook = json.loads(path.read_text(encoding="utf-8"))
+        notebook = json.loads(text)
         _digest(notebook)
         _delivered(notebook)
     except (AttributeError, KeyError, RecursionError, TypeError) as error:
@@ -295,6 +317,13 @@ def _fresh(source: Path) -> dict[str, Any]:
             cell["source"] = "".join(cell["source"]).replace('"cwd": "notebooks"', f'"cwd": "{folder().name}"')
     notebook["metadata"][KEY] = {"delivered": _digest(notebook)}
     return notebook
+
+
+def _written(notebook: dict[str, Any], path: Path) -> str:
+    """What a file contains that `_read` reads as this notebook."""
+    if path.suffix == ".ipynb":
+        return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+    return f"{notebook['cells'][0]['source']}\n<!-- delivered: {_delivered(notebook)} -->\n"
 
 
 def _digest(notebook: dict[str, Any]) -> str:

@@ -31,6 +31,7 @@ WORDS = {
     "int": "a whole number",
     "list": "a list",
     "str": "a text",
+    "tuple": "a tuple",
 }
 
 
@@ -179,6 +180,8 @@ def unfit_spans(answer: list, tasks: int, seconds: float) -> str | None:
     if [value["seconds"] for value in answer] != [seconds] * tasks:
         asked = sorted({value["seconds"] for value in answer})
         return f"these are {len(answer)} tasks of {asked} s, not {tasks} of {seconds} s."
+    if all(value["end"] - value["start"] > 3 * seconds for value in answer):  # and the machine can't be that busy
+        return f"each of these took more than three times as long as the {seconds} s. Did you send `wait`?"
     if any(value["end"] - value["start"] < 0.98 * seconds for value in answer):  # the two clocks may differ a little
         return f"a task here was faster than the {seconds} s that it had to wait. Take what the tasks really return."
     return None

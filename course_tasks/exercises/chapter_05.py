@@ -3,10 +3,11 @@
 import time
 from collections.abc import Callable
 
+import psutil
 from celery.exceptions import TimeoutError
 
 from course_tasks.exercises import Exercise, Question, called, unfit_spans
-from course_tasks.exercises.project import Project
+from course_tasks.exercises.project import Project, answers
 from course_tasks.spans import at_once
 
 # What the task wait returns in each pool, and the pid of the worker's main process.
@@ -25,7 +26,19 @@ def _fast(answer: list) -> str | None:
     together = at_once(answer)
     if together == 1:
         return "they ran one by one: either the pool has one slot, or you waited for each before you sent the next one."
-    return None if together >= 4 else f"at most {together} of them ran at the same time. Which pool has more slots?"
+    if together < 4:
+        busy = "(If your pool has ten, the machine was busy: send them again.)"
+        return f"at most {together} of them ran at the same time. Which pool has more slots? {busy}"
+    if not all(map(_is_celery, {value["pid"] for value in answer})):
+        return "no worker that is running now has run them. Is the worker still there? Send the tasks again."
+    return None
+
+
+def _is_celery(pid: int) -> bool:
+    try:
+        return "celery" in " ".join(psutil.Process(pid).cmdline())
+    except psutil.Error:
+        return False
 
 
 def _pool(answer: Callable) -> str | None:
@@ -46,10 +59,14 @@ NUMBERS = 60_000_000  # a second or two of work
 
 def _fetches_in_time(folder: str) -> str | None:
     with Project(folder) as project:
-        project.worker("python start.py")
+        workers = project.worker("python start.py")
         client = project.client()
-        for name, queue in (("thumbnail", "computing"), ("fetch", "waiting")):  # until all workers are ready
-            try:
+        told = answers(client, "active_queues", workers)
+        read = [queue["name"] for queues in told for queue in queues]
+        for name, queue in (("thumbnail", "computing"), ("fetch", "waiting")):
+            if len(told) == workers and queue not in read:
+                return f"no worker reads the queue {queue!r}, so nobody runs a {name}."
+            try:  # a worker's first task may be slow
                 client.send_task(name, args=(0,), queue=queue).get(timeout=20)
             except TimeoutError:
                 return f"no worker has run a {name} from the queue {queue!r} within 20 s."
@@ -58,10 +75,13 @@ def _fetches_in_time(folder: str) -> str | None:
         while project.log().count("Task thumbnail[") < 3 and time.monotonic() < deadline:  # one more has been received
             time.sleep(0.02)
         # several, because a worker that is free may take one while another worker stands still
-        for fetch in [client.send_task("fetch", args=(0.1,), queue="waiting") for _ in range(8)]:
-            fetch.get(timeout=60)
-        late = any(photo.ready() for photo in photos)
-        return "while thumbnails are computed, a fetch still has to wait." if late else None
+        fetches = [client.send_task("fetch", args=(0.1,), queue="waiting") for _ in range(8)]
+        deadline = time.monotonic() + 60
+        while not all(fetch.ready() for fetch in fetches):
+            if any(photo.ready() for photo in photos) or time.monotonic() > deadline:
+                return "while thumbnails are computed, a fetch still has to wait."
+            time.sleep(0.02)
+        return None
 
 
 def _start(*workers: str) -> str:
@@ -80,7 +100,7 @@ for worker in workers:
 """
 
 
-COMMAND = "celery -A photos worker --loglevel=INFO"
+COMMAND = "celery -A photos worker --loglevel=INFO --without-mingle"
 RUN = 'answer = run_tasks(client, "{}", args=({},), count=8, queue="{}")'
 
 EXERCISES = {
@@ -91,6 +111,9 @@ EXERCISES = {
             RUN.format("wait", 0.5, "solo"): "they ran one by one",
             RUN.format("wait", 0.5, "prefork"): "at most 2 of them",
             RUN.format("wait", 0.1, "gevent"): "8 tasks of [0.1] s",
+            RUN.format("compute", 0.5, "threads"): "Did you send `wait`",
+            'made_up = {"pid": 1, "thread": "Dummy-1", "start": 1.0, "end": 1.5, "delayed": 0.0, "seconds": 0.5}\n'
+            "answer = 8 * [made_up]": "no worker that is running now",
             "answer = []\n"
             "for _ in range(8):\n"
             '    answer += run_tasks(client, "wait", args=(0.5,), queue="threads")': "you waited for each",
@@ -144,7 +167,7 @@ EXERCISES = {
             _start("--pool=gevent -c 100 -Q waiting,computing"): "a fetch still has to wait",
             _start("--pool=prefork -c 2 -Q waiting,computing"): "still has to wait.",
             _start("--pool=solo -Q waiting,computing"): "while thumbnails are computed",
-            _start("--pool=gevent -c 20 -Q waiting"): "no worker has run a thumbnail",
+            _start("--pool=gevent -c 20 -Q waiting"): "no worker reads the queue 'computing'",
             _start("--pool=gevents -c 20 -Q waiting"): "ended before it was ready",
         },
         right=(

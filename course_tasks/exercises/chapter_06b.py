@@ -27,7 +27,7 @@ def _gone(answer: Callable) -> str | None:
     return None
 
 
-def _routes(answer: dict | list | tuple) -> str | None:
+def _routes(answer: dict | list | tuple | Callable) -> str | None:
     app = Celery("judge", set_as_current=False)
     app.conf.task_routes = answer
     for task, wanted in QUEUES.items():
@@ -68,7 +68,7 @@ EXERCISES = {
         ),
     ),
     "06b-2": Exercise(
-        kind=(dict, list, tuple),
+        kind=(dict, list, tuple, Callable),
         judge=_routes,
         wrong={
             'answer = {"report": {"queue": "long"}}': "nothing is said of thumbnail",
@@ -80,6 +80,8 @@ EXERCISES = {
         },
         right=(
             'answer = {"*": "short", "report": "long"}',
+            "def answer(name, args, kwargs, options, task=None, **more):\n"
+            "    return {'queue': 'long' if name == 'report' else 'short'}",
             'answer = [[("report", {"queue": "long"}), ("*", {"queue": "short"})]]',
             "import re\n\nfrom kombu import Queue\n\n"
             'answer = ([(re.compile("thumb.*|mail"), {"queue": "short"}), ("report", {"queue": Queue("long")})],)',

@@ -9,7 +9,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 from celery import Celery
 from redis import Redis
 
@@ -80,13 +82,16 @@ class Project:
     def __exit__(self, *error):
         return self._stack.__exit__(*error)
 
-    def worker(self, command: str, seconds: float = 20) -> None:
-        """Start a worker of the project, and wait until it says that it is ready.
+    def worker(self, command: str, seconds: float = 20) -> int:
+        """Start a worker of the project, or a script that starts several, and wait until each says that it is ready.
 
         Args:
             command: what to type in the project's folder, such as "celery -A shop worker --pool=solo". The log level
                 is added, because only with INFO a worker says that it is ready.
             seconds: how long it may take to get ready.
+
+        Returns:
+            How many workers the command has running.
 
         Raises:
             WrongAnswer: it ended, or did not get ready in time.
@@ -94,12 +99,13 @@ class Project:
         process, log = self._start(f"{command} --loglevel=INFO")
         self._logs.append(log)
         deadline = time.monotonic() + seconds
-        while " ready.\n" not in (text := _text(log)):
+        while not (ready := (text := _text(log)).count(" ready.\n")) or ready < (running := _workers(process)):
             if process.poll() is not None:
                 raise WrongAnswer(f"`{command}` ended before it was ready: {_end(text)}")
             if time.monotonic() > deadline:
                 raise WrongAnswer(f"`{command}` was not ready after {seconds:g} s: {_end(text)}")
             time.sleep(0.02)
+        return running
 
     def run(self, command: str, seconds: float = 20) -> str:
         """Run a command to its end.
@@ -149,6 +155,40 @@ class Project:
         )
         self._stack.callback(_kill, process)
         return process, log
+
+
+def answers(client: Celery, question: str, number: int, seconds: float = 10) -> list[Any]:
+    """Ask a project's workers a question, again until enough of them answer.
+
+    Args:
+        client: the project's client.
+        question: such as "stats" or "active_queues".
+        number: how many answers there should be, also of workers with the same name.
+        seconds: how long to wait at most.
+
+    Returns:
+        The answers; fewer if some workers are silent.
+    """
+    found: list[Any] = []
+    deadline = time.monotonic() + seconds
+    with client.connection_for_write() as connection:
+        while len(found) < number and time.monotonic() < deadline:  # a new worker may not hear the first question
+            told = client.control.broadcast(question, reply=True, timeout=1, limit=number, connection=connection) or []
+            found = max(found, [answer for each in told for answer in each.values()], key=len)
+    return found
+
+
+def _workers(process: subprocess.Popen) -> int:
+    """How many of a process's descendants are main processes of workers."""
+    pids, parents = set(), []
+    with contextlib.suppress(psutil.Error):
+        for each in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it has ended in the meantime
+                words = each.cmdline()
+                if "worker" in words and any(Path(word).name == "celery" for word in words):
+                    pids.add(each.pid)
+                    parents.append(each.ppid())
+    return sum(parent not in pids for parent in parents)
 
 
 def _kill(process: subprocess.Popen) -> None:

@@ -50,9 +50,7 @@ class Lab:
         self.notebooks.mkdir()
         shutil.copytree(kernels.NOTEBOOKS / "figures", folder / "notebooks" / "figures")
         # as in a clone, because Lab follows no link out of its root
-        shutil.copy(kernels.NOTEBOOKS / "reference.md", folder / "notebooks")
-        for name in ("figures", "reference.md"):
-            (self.notebooks / name).symlink_to(f"../notebooks/{name}")
+        (self.notebooks / "figures").symlink_to("../notebooks/figures")
         shutil.copy(ROOT / "README.md", folder)
         home = folder / "home"
         home.mkdir()

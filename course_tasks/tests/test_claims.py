@@ -7,6 +7,7 @@ takes `project`: an empty folder with servers of its own (see exercises/project.
 import base64
 import contextlib
 import inspect
+import itertools
 import json
 import logging
 import os
@@ -76,7 +77,7 @@ from course_tasks.celery import app
 from course_tasks.celery import app as course_app
 from course_tasks.classroom import free_port
 from course_tasks.correlation import FORMAT, HEADER, CorrelatedRequest, correlation_id
-from course_tasks.exercises import WrongAnswer, chapter_07b
+from course_tasks.exercises import WrongAnswer, chapter_06b, chapter_07b
 from course_tasks.exercises.project import Project
 from course_tasks.install import ROOT
 from course_tasks.spans import at_once, speedup
@@ -215,6 +216,14 @@ def test_clients_push_a_message_in_at_the_left_end(project):
     assert waiting == ["(2,)", "(1,)"]
 
 
+def test_argsrepr_has_short_arguments_as_they_are_and_shortens_long_ones(project):
+    stands("01", "`argsrepr` is not enough, because Celery shortens it.")
+    for password in ("s3cret", "s3cret" * 1000):
+        project.client().send_task("login", args=("ada", password), ignore_result=True)
+        text = json.loads(project.broker.lindex("celery", 0))["headers"]["argsrepr"]
+        assert (password in text) is (password == "s3cret") and text.startswith("('ada', 's3cret")
+
+
 def test_a_worker_that_runs_two_tasks_reserves_more_than_five_messages():
     stands("01", "**b.** The worker has taken all five messages.")
     assert 2 * Celery(set_as_current=False).conf.worker_prefetch_multiplier > 5
@@ -243,6 +252,9 @@ def test_a_client_tries_four_times_and_a_worker_a_hundred_times(monkeypatch):
     with pytest.raises(OperationalError):
         app.send_task("buy", ignore_result=True)
     assert len(attempts) == 4 and time.monotonic() - start < 5
+    policy = app.conf.task_publish_retry_policy
+    pauses = fxrange(policy["interval_start"], policy["interval_max"], policy["interval_step"], repeatlast=True)
+    assert sum(itertools.islice(pauses, policy["max_retries"])) < 1
     assert app.conf.broker_connection_max_retries == 100
 
 
@@ -1977,6 +1989,20 @@ def late(seconds):
 def query(seconds):
     database.blpop("an empty list", timeout=seconds)
 """
+# Has the worker print how long its main loop waits for messages.
+WAITS = """
+from kombu import Connection
+
+drain = Connection.drain_events
+
+
+def drain_events(self, **options):
+    print(f"waits {options}")
+    return drain(self, **options)
+
+
+Connection.drain_events = drain_events
+"""
 SLOTTED_WORKER = "celery -A slotted worker --without-mingle --without-gossip"
 
 
@@ -2052,7 +2078,8 @@ def test_the_main_process_replaces_a_child_that_died(project, tmp_path):
 
 
 def test_slots_of_autoscale_stay_30_seconds_and_green_workers_look_once_a_second(monkeypatch):
-    stands("06", "removes slots when no task has arrived for 30 seconds", "It looks for new tasks once a second")
+    stands("06", "removes slots when no task has arrived for 30 seconds")
+    stands("06", "checks once a second whether it needs more slots")
     environment = {name: value for name, value in os.environ.items() if name != "AUTOSCALE_KEEPALIVE"}
     code = "from celery.worker import autoscale; print(autoscale.AUTOSCALE_KEEPALIVE)"
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -2062,6 +2089,48 @@ def test_slots_of_autoscale_stay_30_seconds_and_green_workers_look_once_a_second
     scaler = autoscale.Autoscaler(SimpleNamespace(num_processes=1), 1, 1)
     scaler.body()
     assert naps == [1.0]
+
+
+def test_autoscale_removes_slots_when_nothing_has_arrived_for_as_long_as_keepalive_says(monkeypatch):
+    stands("06", "**Autoscaling** adds slots when tasks have to wait, and removes slots when no task has arrived for")
+    now = [1000.0]
+    waiting: list[str] = []
+    monkeypatch.setattr(autoscale, "monotonic", lambda: now[0])
+    monkeypatch.setattr(autoscale.state, "reserved_requests", waiting)
+    pool = SimpleNamespace(num_processes=1, maintain_pool=lambda: None)
+    pool.grow = lambda n: setattr(pool, "num_processes", pool.num_processes + n)
+    pool.shrink = lambda n: setattr(pool, "num_processes", pool.num_processes - n)
+    scaler = autoscale.Autoscaler(pool, 10, 1, keepalive=30)
+
+    def slots_at(seconds: float, tasks: int, arrived: bool = False) -> int:
+        now[0] = 1000.0 + seconds
+        waiting[:] = ["a task"] * tasks
+        scaler.maybe_scale("a task" if arrived else None)
+        return pool.num_processes
+
+    assert [slots_at(0, 4), slots_at(5, 20), slots_at(29, 0), slots_at(34, 0)] == [4, 10, 10, 10]
+    assert [slots_at(34, 1, arrived=True), slots_at(63, 0), slots_at(65, 0)] == [10, 10, 1]
+
+
+def test_pool_grow_lasts_until_the_worker_is_restarted_and_a_green_worker_waits_two_seconds(project, tmp_path):
+    stands("06", "`pool_grow` does that until the worker is restarted", "looks again only after two seconds")
+    stands("06b", "its main loop sits in a wait of two seconds")
+    write_slotted(tmp_path)
+    with tmp_path.joinpath("slotted.py").open("a") as file:
+        file.write(WAITS)
+    client = project.client()
+    seconds = {}
+    for name, slots in {"slow": 2, "again": 1}.items():
+        project.worker(f"{SLOTTED_WORKER} --pool=gevent -c 1 --prefetch-multiplier=1 -n {name}@%h -Q {name}")
+        node = f"{name}@{socket.gethostname()}"
+        if slots == 2:
+            until(lambda: client.control.pool_grow(1, destination=[node], reply=True, limit=1), "it to grow")  # noqa: B023
+            took(client, "nap", 4, name, 0.3)
+        seconds[slots] = took(client, "nap", 2, name, 0.05)
+        assert node_stats(client, name)["pool"]["max-concurrency"] == slots
+    assert seconds[2] < seconds[1] / 2
+    # the other loop, which has one second, is for remote control
+    assert {*re.findall(r"waits (.*)", project.log())} == {"{'timeout': 2.0}", "{'timeout': 1.0}"}
 
 
 def test_one_green_slot_is_quick_with_the_usual_multiplier_and_late_acknowledgement_stalls_more_slots(
@@ -2103,6 +2172,15 @@ def test_a_multiplier_of_0_in_the_configuration_is_no_limit(project):
     for _ in range(30):
         client.send_task("note", args=("long", 60))
     until(lambda: project.broker.hlen("unacked") == 29, "all but the running one are reserved")
+
+
+def test_a_multiplier_of_0_on_the_command_line_is_none_and_acks_late_is_no_option(project):
+    wrong = chapter_06b.QUIZ["06b-2"].wrong
+    assert "on the command line, 0 counts as no value" in wrong["--prefetch-multiplier=0"]
+    notes(project, "worker_prefetch_multiplier = 3", more="--pool=threads -c 2 --prefetch-multiplier=0 -n w@%h")
+    assert node_stats(project.client(), "w")["prefetch_count"] == 6
+    assert wrong["--acks-late"] == "`celery worker` has no such option."
+    assert not any("ack" in option for parameter in worker_command.params for option in parameter.opts)
 
 
 def test_prefetching_is_disabled_with_redis_only(project):

@@ -281,6 +281,30 @@ def test_a_damaged_chapter_of_the_course_is_said_so_and_the_others_are_delivered
     used.check_tidy()
 
 
+def test_the_reference_has_a_copy_for_notes_which_follows_an_update_and_is_never_overwritten(clone):
+    original, copy = clone.root / "notebooks" / "reference.md", clone.mine / "reference.md"
+    original.write_text("# Terms\n\nAn old row.\n")
+    clone.mine.mkdir()
+    copy.symlink_to("../notebooks/reference.md")  # as the course had it at first
+    assert clone.update() == clone.update() == ""
+    assert not copy.is_symlink() and copy.read_text().startswith(original.read_text())
+    original.write_text("# Terms\n\nA new row.\n")
+    assert clone.update() == "" and "A new row." in copy.read_text() and not (clone.mine / "old").exists()
+    delivered = copy.read_text()
+    for noted in (f"{WRITTEN}\n{delivered}", f"{delivered}{WRITTEN}\n"):
+        copy.write_text(noted)
+        assert clone.update() == "" and copy.read_text() == noted, "the course has nothing newer"
+    original.write_text("# Terms\n\nThe newest row.\n")
+    assert clone.update().startswith("my_notebooks/reference.md: there is a newer version. You have changed yours, so")
+    assert copy.read_text() == noted
+    assert clone.reset("reference")[0] == 0 and "The newest row." in copy.read_text()
+    assert clone.holds(noted) == [clone.mine / "old" / "reference-1" / "reference.md"]
+    copy.write_bytes(b"\xff")
+    assert clone.update().startswith("my_notebooks/reference.md can't be read as a text, so it stays as it is.")
+    assert original.read_text() == "# Terms\n\nThe newest row.\n", "nothing was written to the course's own"
+    clone.check_tidy()
+
+
 def test_a_copy_of_a_chapter_that_is_gone_stays(used):
     (used.root / "notebooks" / "00_one.ipynb").unlink()
     assert used.update() == "" and used.version() == 1

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from course_tasks.exercises import WrongAnswer
-from course_tasks.exercises.project import Project
+from course_tasks.exercises.project import Project, answers
 from course_tasks.tests.plugin import processes, until
 
 APP = """
@@ -48,6 +48,18 @@ def test_a_project_runs_as_in_a_terminal_on_servers_of_its_own_and_leaves_nothin
     assert not Path(home).exists()
 
 
+def test_each_worker_that_a_script_starts_is_waited_for_and_counted_and_can_be_asked(folder):
+    names = ("one", "two", "three --pool=nosuch")  # the last one ends at once
+    commands = [f"{WORKER} --loglevel=INFO -Q {name.split()[0]} -n {name}" for name in names]
+    script = f"import subprocess\nfor each in [subprocess.Popen(line.split()) for line in {commands}]: each.wait()"
+    (folder / "start.py").write_text(script)
+    with Project(str(folder)) as project:
+        assert project.worker("python start.py") == 2
+        assert project.log().count(" ready.\n") == 2
+        told = answers(project.client(), "active_queues", 2)
+        assert sorted(queue["name"] for queues in told for queue in queues) == ["one", "two"]
+
+
 @pytest.mark.parametrize(
     "file, text, reason",
     [
@@ -71,7 +83,7 @@ def test_a_folder_that_is_missing_is_said():
 
 def test_nothing_is_left_when_the_judging_process_is_killed(folder):
     code = f"""
-from course_tasks.exercises.project import Project
+from course_tasks.exercises.project import Project, answers
 with Project({str(folder)!r}) as project:
     project.worker({WORKER!r})
     print(project._home, flush=True)
