@@ -183,7 +183,11 @@ def test_many_tasks_are_counted_and_an_id_used_twice_is_said_so(demo):
         one.delay()
 
     assert seen(demo, twice)[1:] == ["1 plus(1) succeeded: 1 (sent 2 times with the same id)"]
-    plus = demo.task(lambda x, y: x + y, name="plus")
+
+    @demo.task(name="plus")
+    def plus(x, y):
+        return x + y
+
     pieces = seen(demo, plus.chunks([(1, 2), (3, 4), (5, 6)], 2).delay)
     assert pieces[1:] == ["1 celery.starmap of plus succeeded: [3, 7]", "2 celery.starmap of plus succeeded: [11]"]
 
