@@ -21,6 +21,7 @@ from course_tasks.classroom.listening import FINAL, Listener
 
 SHOWN = 30  # tasks, at most; what became of the others is counted
 LONG = 60  # letters of a task's arguments, or of its result
+ERROR = 100  # letters of an exception
 SETTLE = 0.3  # seconds without news after which nothing more is expected: a task may have sent one that nobody planned
 INTERVAL = 0.25  # seconds between two pictures while the block is at work
 PAUSE = 0.05  # seconds between two looks at whether all is over
@@ -253,7 +254,7 @@ def _tell(part: Part, events: list[dict], published: int, before: list[str]) -> 
         if part.state == "succeeded":
             part.how += f": {_short(end['result'])}"
         elif part.state == "failed":
-            part.how += f": {_short(end['exception'])}"
+            part.how += f": {_short(end['exception'], ERROR)}"
         elif part.state == "revoked" and end.get("expired"):
             part.how += ": it had expired"
     elif kinds:
@@ -296,8 +297,8 @@ def _numbers(numbers: list[int]) -> str:
     return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= LONG else text[: LONG - 1] + "…"
+def _short(text: str, room: int = LONG) -> str:
+    return text if len(text) <= room else text[: room - 1] + "…"
 
 
 def _told(event: dict) -> str:
