@@ -27,6 +27,7 @@ INTERVAL = 0.25  # seconds between two pictures while the block is at work
 PAUSE = 0.05  # seconds between two looks at whether all is over
 NOTHING = {"text/plain": "", "text/html": "<span></span>"}
 OVER = FINAL | {"never sent"}
+WRAPPER = "ExceptionWithTraceback()"
 RETRY = re.compile(r"^Retry\(Retry\(\.\.\.\), (.*), [^,]*\)$")  # an event's text around a task's own error
 
 
@@ -56,6 +57,7 @@ class Canvas(Listener):
     def _begin(self) -> None:
         super()._begin()
         self._parts: list[Part] = []
+        self._errors: dict[str, str] = {}  # what the backend has, by the task's id
 
     def __enter__(self) -> "Canvas":
         super().__enter__()
@@ -115,8 +117,23 @@ class Canvas(Listener):
         for part in plan.ordered():
             parts[part.id] = part
             before = [parts[id].state for id in part.after if id in parts]
-            _tell(part, about.get(plan.ids.get(part.id, part.id), []), published[part.id], before)
+            events = [self._plain(event) for event in about.get(plan.ids.get(part.id, part.id), [])]
+            _tell(part, events, published[part.id], before)
         return list(parts.values())
+
+    def _plain(self, event: dict) -> dict:
+        """An event, with the backend's error if that is about Celery's own wrapper around an exception.
+
+        It is if the exception wasn't raised by the task, but by what Celery does at its end.
+        """
+        if event.get("exception") != WRAPPER:
+            return event
+        if event["uuid"] not in self._errors:
+            with contextlib.suppress(Exception):  # with no backend, or one that is away, the wrapper has to do
+                meta = self._client.backend.get_task_meta(event["uuid"], cache=False)
+                if isinstance(meta["result"], Exception):
+                    self._errors[event["uuid"]] = repr(meta["result"])
+        return event | {"exception": self._errors.get(event["uuid"], WRAPPER)}
 
     # what it shows
 

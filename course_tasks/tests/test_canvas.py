@@ -114,6 +114,10 @@ def test_the_links_after_a_failure_are_never_sent(demo):
         "2 boom(3) after 1 failed: ValueError('boom')",
         "3 plus(…, 3) after 2 never sent",
     ]
+    unfit = call(demo, "plus", 1) | call(demo, "total", 2)  # the worker sees that when it sends the second one
+    [_, first, second] = seen(demo, unfit.delay)
+    assert first.startswith("1 plus(1) failed: TypeError('total() takes 1 positional argument but 2 were given'")
+    assert second == "2 total(…, 2) after 1 never sent"
     header = [call(demo, "slow", 1), call(demo, "boom")]
     assert seen(demo, chord(header, call(demo, "total")).delay) == [
         "canvas of 3 tasks: 1 succeeded, 1 failed, 1 never sent",
