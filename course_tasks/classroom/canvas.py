@@ -4,7 +4,6 @@ import ast
 import contextlib
 import html
 import itertools
-import os
 import re
 import threading
 import time
@@ -35,7 +34,7 @@ class Canvas(Listener):
     """Listens while a block sends a canvas, and shows its tasks: one line and one box for each.
 
     `with Canvas(client) as canvas:` around the sending, then `canvas` as a cell's last expression. The block's end
-    waits until every task is over, or for `wait` seconds. In a notebook the picture is there as soon as something is
+    waits until every task is over, or for `wait` seconds. In JupyterLab the picture is there as soon as something is
     sent, and follows what happens until the block has ended.
 
     What is still to be sent is known from the messages that the client sends, as a chain and the body of a chord travel
@@ -61,8 +60,9 @@ class Canvas(Listener):
 
     def __enter__(self) -> "Canvas":
         super().__enter__()
-        # a stored output must not depend on when it was taken
-        if getattr(get_ipython(), "kernel", None) and "COURSE_RECORDING" not in os.environ:
+        # JupyterLab says in which cell the code is. A program that runs a notebook doesn't, and it would store this
+        # place as an output.
+        if (getattr(get_ipython(), "parent_header", None) or {}).get("metadata", {}).get("cellId"):
             place = display(NOTHING, raw=True, display_id=True)
             follows = threading.Thread(target=self._follow, args=[self._over, place], name="canvas-live", daemon=True)
             follows.start()

@@ -29,11 +29,12 @@ def _with_tax(answer: AsyncResult) -> str | None:
     except Exception as error:
         return f"it ended with {type(error).__name__}: {error}."
     first = sent(links[0].id)
-    if first and (names := [first.task, *(call["task"] for call in first.chain)]) != ["price", "tax", "clean"]:
+    rest = first.chain[::-1] if first else ()
+    if first and (names := [first.task, *(call["task"] for call in rest)]) != ["price", "tax", "clean"]:
         return f"the calls are {', '.join(names)}. They should be price, tax, clean."
     if values != [7, 8.4, "clean"]:
         return f"the results are {values}. They should be [7, 8.4, 'clean']."
-    if first and first.chain[0]["immutable"]:
+    if rest and rest[0]["immutable"]:
         return "you have written the price into the call of tax. It should come from the chain."
     return None
 

@@ -14,7 +14,7 @@ from celery.signals import after_task_publish
 from course_tasks.classroom import Canvas, ClassroomError
 from course_tasks.exercises.project import Project
 from course_tasks.tests.plugin import until
-from course_tasks.tests.test_terminal import kernel  # noqa: F401
+from course_tasks.tests.test_live import viewing
 
 DEMO = """
 import time
@@ -189,7 +189,7 @@ def test_many_tasks_are_counted_and_an_id_used_twice_is_said_so(demo):
     assert seen(demo, twice)[1:] == ["1 plus(1) succeeded: 1 (sent 2 times with the same id)"]
 
     @demo.task(name="plus")
-    def plus(x, y):
+    def plus(x, y=0):
         return x + y
 
     pieces = seen(demo, plus.chunks([(1, 2), (3, 4), (5, 6)], 2).delay)
@@ -224,11 +224,14 @@ def test_a_block_that_sends_nothing_and_one_that_fails(demo):
     assert "succeeded: 1" in str(canvas), "an error in the block passes through, and the canvas is still awaited"
 
 
-def test_a_notebook_shows_it_while_it_runs(kernel, pair):  # noqa: F811
-    kernel.run("import time\nfrom celery import Celery\nfrom course_tasks.classroom import Canvas\nclient = Celery()")
-    block = "with Canvas(client) as canvas:\n    client.send_task('add', (4, 5))\n    time.sleep(1)\n"
-    place, last = kernel.run(block + "canvas")
-    assert "not received" in kernel.updates[0] and kernel.updates[-1] == "" and place["data"]["text/plain"] == ""
-    assert last["data"]["text/plain"].splitlines()[1:] == [" 1  add(4, 5)  not received", "No worker runs."]
-    kernel.run("import os; os.environ['COURSE_RECORDING'] = '1'")
-    assert len(kernel.run(block + "canvas")) == 1, "what is stored doesn't depend on how long the block took"
+def test_jupyterlab_shows_it_while_it_runs(pair):
+    with viewing() as kernel:
+        kernel.run("import time\nfrom celery import Celery\nfrom course_tasks.classroom import Canvas")
+        kernel.run("client = Celery()")
+        block = "with Canvas(client) as canvas:\n    client.send_task('add', (4, 5))\n    time.sleep(1)\n"
+        kernel.in_cell(block + "canvas", "a-cell")
+        assert "not received" in kernel.updates[0] and kernel.updates[-1] == ""
+        number = len(kernel.updates)
+        [last] = kernel.run(block + "canvas")
+        assert last["data"]["text/plain"].splitlines()[1:] == [" 1  add(4, 5)  not received", "No worker runs."]
+        assert len(kernel.updates) == number, "elsewhere only the end is shown"
