@@ -147,16 +147,14 @@ def _orders(folder: str) -> str | None:
             if said.split() != ["total:", str(total)]:
                 return f"for {' '.join(basket)} it printed {said.strip()[-200:]!r}. It should print 'total: {total}'."
             log = project.log()[before:]
-            if log.count("Task shop.price[") < 2 * len(basket):  # received and succeeded
-                return (
-                    "the total is right, but no worker has looked up the prices."
-                    if "shop.price" not in log
-                    else ("the workers have looked up some of the prices only.")
-                )
+            lookups = [line for line in log.splitlines() if "Task shop.price[" in line]
+            if not lookups:
+                return "the total is right, but no worker has looked up the prices."
+            if sum("] received" in line for line in lookups) < len(basket):
+                return "the workers have looked up some of the prices only."
             if "Task shop.total[" not in log:
                 return "the workers look up the prices, but order.py still adds them up itself."
-            starts = [line for line in log.splitlines() if "Task shop.price[" in line]
-            if any("succeeded" in line for line in starts[: len(basket)]):
+            if len(basket) > 1 and any("succeeded" in line for line in lookups[: len(basket)]):
                 return "the workers look up one price after the other. Send all look-ups before you wait."
     return None
 
