@@ -2,30 +2,22 @@
 
 import contextlib
 import html
-import itertools
 import re
-import threading
 import time
 from datetime import datetime
 from operator import itemgetter
 
-from celery import Celery, states
-from celery.signals import after_task_publish
+from celery import states
 
 from course_tasks.classroom.drawing import image
-from course_tasks.classroom.errors import ClassroomError
 from course_tasks.classroom.journey_picture import Step, bars_of, drawn
+from course_tasks.classroom.listening import FINAL, Listener
 
-WAIT = 5.0  # seconds that the end of the block waits for the task's last event
-ANSWER = 1.5  # seconds in which workers have to answer; one that is busy in the solo pool can't
-LISTEN = 5.0  # seconds in which our own listening has to work
-LEAVE = 1.0  # seconds in which it has to end; it looks ten times a second whether it should
 WHEN = itemgetter("timestamp")
 RETRY = re.compile(r"^Retry\(Retry\(\.\.\.\), (.*), [^,]*\)$")  # an event's text around a task's own error
-FINAL = {"succeeded", "failed", "revoked", "rejected"}
 
 
-class Journey:
+class Journey(Listener):
     """Listens while a block sends one task, and shows the way that this task went.
 
     `with Journey(client) as journey:` around the sending, then `journey` as a cell's last expression. "sent" is known
@@ -45,57 +37,16 @@ class Journey:
         ClassroomError: this is no Celery app, its broker does not answer, or the block sent no task or several.
     """
 
-    def __init__(self, client: Celery, wait: float = WAIT):
-        if not isinstance(client, Celery):
-            raise ClassroomError(f"Journey takes a Celery app, as in Journey(client), not a {type(client).__name__}.")
-        self._client, self._wait = client, wait
-        self._changed = threading.Condition()
-        self._begin()
-
     def _begin(self) -> None:
-        self._sent: list[dict] = []  # what the signal told of each task sent
-        self._events: list[dict] = []  # of all tasks: "received" may come before the signal
-        self._workers: set[str] = set()
+        super()._begin()
         self._steps: list[Step] = []
         self._end = 0.0  # when it stopped listening
-        self._note = ""
-        self._over = threading.Event()  # one for each block, for the thread of the block before may still be at work
-        self._listens = self._stored = False
-
-    def __enter__(self) -> "Journey":
-        self._begin()
-        try:
-            with self._channel() as channel:
-                self._thread = threading.Thread(target=self._listen, args=[self._over], name="journey", daemon=True)
-                self._thread.start()
-                self._find_itself()
-                self._wake(channel)
-        except BaseException as error:
-            self._over.set()
-            if isinstance(error, ClassroomError) or not isinstance(error, Exception):
-                raise
-            raise ClassroomError(f"Journey can't listen to the broker: {error}") from None
-        after_task_publish.connect(self._published, weak=False, dispatch_uid=id(self))
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        after_task_publish.disconnect(dispatch_uid=id(self))
-        try:
-            if len(self._sent) == 1:
-                self._finish()
-        finally:
-            self._over.set()
-            # kombu's channels share a dictionary of queues: one that closes while another begins to listen may fail,
-            # and leave its connections open
-            self._thread.join(LEAVE)
-            # an answer sent in the moment in which its queue was given up makes that queue again, for ever
-            with contextlib.suppress(Exception), self._channel() as channel:
-                channel.client.delete(self._answers)
-        if len(self._sent) != 1 and kind is None:
-            raise ClassroomError(self._trouble())
+        self._stored = False
 
     def _trouble(self) -> str:
         number = len(self._sent)
+        if number == 1:
+            return ""
         return f"A Journey follows one task, and its block has sent {number or 'none'}. Send one inside `with`."
 
     def _repr_mimebundle_(self, **_) -> dict[str, str]:
@@ -109,77 +60,6 @@ class Journey:
         picture = image(f"The way of task {self._sent[0]['name']}: {alt}", drawn(bars))
         words = f'<pre style="font-size:var(--jp-code-font-size);white-space:pre-wrap">{html.escape(text)}</pre>'
         return {"text/plain": text, "text/html": picture + words}
-
-    # listening
-
-    def _listen(self, over: threading.Event) -> None:
-        """Collect events until the block is over; runs in a thread, and must not fail with a traceback."""
-
-        def heard(event: dict) -> None:
-            with self._changed:
-                if over.is_set():
-                    return
-                if event["type"] == "journey-listens":
-                    self._listens = self._listens or event["journey"] == id(over)
-                elif event["type"].startswith("task-"):
-                    self._events.append(event)
-                self._changed.notify_all()
-
-        try:
-            with self._client.connection_for_read() as connection:
-                receiver = self._client.events.Receiver(connection, handlers={"*": heard})
-                receiver.on_iteration = lambda: setattr(receiver, "should_stop", over.is_set())
-                for _ in receiver.consume(limit=None, safety_interval=0.05, wakeup=False):
-                    pass
-        except Exception as error:
-            with self._changed:
-                if not over.is_set():
-                    self._note = f"The connection to the broker was lost on the way: {error}"
-                    over.set()
-                    self._changed.notify_all()
-
-    def _find_itself(self) -> None:
-        """Send events of our own until one comes back: from then on, none is missed."""
-        deadline = time.monotonic() + LISTEN
-        with self._client.events.default_dispatcher() as dispatcher:
-            while not self._listens:
-                dispatcher.send("journey-listens", journey=id(self._over))
-                with self._changed:
-                    self._changed.wait_for(lambda: self._listens or self._over.is_set(), 0.02)
-                if self._over.is_set() or time.monotonic() > deadline:
-                    raise ClassroomError(self._note or "Journey can't hear the broker's events.")
-
-    def _wake(self, channel) -> None:
-        """Have the running workers send events, and wait until each has said that it does.
-
-        A worker is known by the queue that it has for orders. It makes that when it starts, and may listen to it a
-        moment after "ready." only, so those that don't answer are told again.
-        """
-        with self._client.connection_or_acquire() as connection:
-            # One for all orders: each mailbox has a queue of its own for the answers. Not control's own: once that has
-            # a queue, the copies of it that later orders use would wait there, and have the answers sent elsewhere.
-            mailbox = self._client.control.mailbox(connection)
-            self._answers = mailbox.reply_queue.name
-            suffix = f".{mailbox.namespace}.pidbox"
-            answered: set[str] = set()
-            start, pause = time.monotonic(), 0.05
-            while (passed := time.monotonic() - start) < ANSWER:
-                bound = {row[-1] for row in channel.get_table(f"{mailbox.namespace}.pidbox")}
-                missing = {name.removesuffix(suffix) for name in bound if name.endswith(suffix)} - answered
-                if missing:
-                    replies = mailbox.call(sorted(missing), "enable_events", timeout=min(pause, ANSWER - passed))
-                    late = itertools.chain(*mailbox.unclaimed.values())  # answers to the orders before this one
-                    answered.update(name for reply in [*replies, *late] for name in reply)
-                    mailbox.unclaimed.clear()
-                    pause *= 2
-                elif answered or passed > 0.3:
-                    break
-                else:
-                    time.sleep(0.02)
-        self._workers = answered | missing
-
-    def _published(self, sender=None, headers=None, routing_key=None, **_) -> None:
-        self._sent.append({"id": headers["id"], "name": sender, "queue": routing_key, "when": time.time()})
 
     # what was heard
 
@@ -223,15 +103,6 @@ class Journey:
             self._steps[-1].where += "; stored in the backend" if self._stored else ""
         elif not self._note:
             self._note = self._silence(sent) if not events else f"No more was heard within {self._wait:g} s."
-
-    @contextlib.contextmanager
-    def _channel(self):
-        """A channel to the broker, which gets a moment to answer; a ClassroomError if it is of another kind."""
-        with self._client.connection_for_read() as connection:
-            if connection.transport.driver_type != "redis":
-                raise ClassroomError(f"Journey needs a Redis or Valkey broker. This is {connection.as_uri()}.")
-            connection.ensure_connection(max_retries=1, interval_start=0.2, timeout=LISTEN)
-            yield connection.default_channel
 
     def _in_backend(self, task: str) -> bool:
         """Whether the backend has the task's end; False if there is none, or it does not answer."""

@@ -299,7 +299,7 @@ def test_the_end_is_awaited_but_not_for_ever(workers, client):
 
 
 def test_without_a_worker_it_says_so_at_once(monkeypatch):
-    monkeypatch.setattr("course_tasks.classroom.journey.ANSWER", LONG)
+    monkeypatch.setattr("course_tasks.classroom.listening.ANSWER", LONG)
     with connected(NOBODY) as client:
         start = time.monotonic()
         journey = gone(client, "add", 4, 5, get=False, wait=LONG)
