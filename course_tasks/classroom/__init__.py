@@ -5,6 +5,7 @@ from pathlib import Path
 
 from course_tasks import copies, progress
 from course_tasks.classroom import course_map
+from course_tasks.classroom.calls import Calls
 from course_tasks.classroom.errors import ClassroomError
 from course_tasks.classroom.pair import show_servers
 from course_tasks.classroom.terminal import TerminalMagics
@@ -22,6 +23,7 @@ from course_tasks.exercises import check, quiz
 from course_tasks.jupyter.first_cell import notebook_name
 
 __all__ = [
+    "Calls",
     "ClassroomError",
     "Spans",
     "ask_worker",
