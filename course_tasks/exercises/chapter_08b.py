@@ -1,0 +1,371 @@
+"""The exercises and the quiz of chapter 08b."""
+
+import base64
+import contextlib
+import json
+from itertools import pairwise
+from pathlib import Path
+
+from celery.app.task import Task
+from celery.exceptions import Retry
+
+from course_tasks.exercises import Exercise, Question, WrongAnswer
+from course_tasks.exercises.project import Project
+
+WAITS = [2, 4, 8, 16, 30, 30]  # seconds
+RETRIES, SAMPLES = 4, 30
+GONE = "redis://localhost:1/0"  # a port on which nothing listens
+
+
+def _waits(answer: list) -> str | None:
+    if answer == WAITS:
+        return None
+    if len(answer) != len(WAITS):
+        return f"six retries wait six times, and your list has {len(answer)}."
+    if answer[0] != WAITS[0]:
+        return f"the first wait is the number in retry_backoff, and not {answer[0]!r}."
+    if any(isinstance(wait, int | float) and wait > 30 for wait in answer):
+        return f"a wait of {max(answer)!r} seconds is longer than retry_backoff_max."
+    place = next(place for place, (given, right) in enumerate(zip(answer, WAITS, strict=True)) if given != right)
+    return f"wait {place + 1} is not {answer[place]!r} seconds."
+
+
+def _fetch(answer: Task) -> str | None:
+    if answer.name != "fetch":
+        return f"its name is {answer.name}: without name= Celery makes one from the module and the function."
+    for value in (3, None):
+        if (got := answer.apply(args=(lambda value=value: value,))).result != value:
+            return f"call() returned {value!r}, and fetch(call) gave {got.result!r}."
+    for wrong in (ValueError, KeyError, FileNotFoundError):
+        if (calls := _calls(answer, wrong)[0]) != 1:
+            return f"after a {wrong.__name__} it called {calls} times. Such an error should fail at once."
+    for kind in (ConnectionError, TimeoutError):
+        calls, error = _calls(answer, kind)
+        if calls != RETRIES + 1:
+            return f"after a {kind.__name__} it called {calls} times, and not {RETRIES + 1}."
+        if type(error) is not kind:
+            return f"after the last {kind.__name__}, the client gets {type(error).__name__}."
+    longest = [max(_countdowns(answer, attempt)) for attempt in range(RETRIES)]
+    if any(after <= before for before, after in pairwise(longest)):
+        return f"the waits are at most {', '.join(f'{wait:g}' for wait in longest)} seconds. They should get longer."
+    return None
+
+
+def _calls(task: Task, kind: type[Exception]) -> tuple[int, object]:
+    """How often a task calls what fails, and what it ends with."""
+    calls = []
+
+    def call() -> None:
+        calls.append(1)
+        if len(calls) > 20:
+            raise SystemExit  # it would go on for ever
+        raise kind("no answer")
+
+    try:
+        ended = task.apply(args=(call,)).result
+    except SystemExit:
+        raise WrongAnswer(f"after a {kind.__name__} it tries again and again, without an end.") from None
+    return len(calls), ended
+
+
+def _countdowns(task: Task, attempt: int) -> list[float]:
+    """The waits that a task chooses after an attempt; several, because they may be random."""
+    waits: list[float] = []
+
+    def retry(*_args, countdown=None, eta=None, **_options) -> None:
+        waits.append(task.default_retry_delay if countdown is None else countdown)
+        raise Retry
+
+    def call() -> None:
+        raise ConnectionError("no answer")
+
+    for _ in range(SAMPLES):
+        task.push_request(retries=attempt, called_directly=False)
+        task.retry = retry  # type: ignore[method-assign]
+        try:
+            with contextlib.suppress(Retry):
+                task.run(call)
+        finally:
+            del task.retry
+            task.pop_request()
+    return waits or [0]
+
+
+def _parked(folder: str) -> str | None:
+    entries = [
+        {"id": f"id-{name}", "task": "refund", "args": [name], "kwargs": {"euros": euros}, "error": f"Error({euros})"}
+        for name, euros in (("ada", 5), ("ben", 6), ("eve", 7))
+    ]
+    lines = {entry["id"]: json.dumps(entry) for entry in entries}
+    with Project(folder) as project:
+        project.backend.rpush("parked", *lines.values())
+
+        def left() -> list[str]:
+            return [json.loads(line)["id"] for line in project.backend.lrange("parked", 0, -1)]
+
+        said = project.run("python parked.py list")
+        for entry in entries:
+            if not any(entry["id"] in line and entry["error"] in line for line in said.splitlines()):
+                return f"`list` prints no line with {entry['id']} and {entry['error']}."
+        if left() != list(lines) or project.broker.llen("celery"):
+            return "`list` changes something. It should only print."
+        with contextlib.suppress(WrongAnswer):  # an error is right here
+            project.run(f"env CELERY_BROKER_URL={GONE} python parked.py replay id-ben")
+        if "id-ben" not in left():
+            return "the broker didn't answer, and `replay` took the task off the list all the same."
+        project.run("python parked.py replay id-ben")
+        messages = project.broker.lrange("celery", 0, -1)
+        if len(messages) != 1:
+            return f"`replay` sent {len(messages)} messages, and not one."
+        if trouble := _differs(json.loads(messages[0]), entries[1]):
+            return trouble
+        if left() != ["id-ada", "id-eve"]:
+            return f"after `replay id-ben`, the list has {', '.join(left()) or 'nothing'}, and not id-ada and id-eve."
+        project.run("python parked.py drop id-ada")
+        if project.broker.llen("celery") != 1:
+            return "`drop` sends the task."
+        if left() != ["id-eve"]:
+            return f"after `drop id-ada`, the list has {', '.join(left()) or 'nothing'}, and not id-eve alone."
+        said = project.run("sh -c 'python parked.py replay id-ben 2>&1 || true'")  # an error's code is right here
+        if left() != ["id-eve"] or project.broker.llen("celery") != 1:
+            return "`replay` with an id that is not on the list changes something."
+        if "id-ben" not in said:
+            return "for an id that is not on the list, the program should say so, with the id."
+        if "Traceback" in said:
+            return "for an id that is not on the list, the program ends with a traceback."
+    return None
+
+
+def _differs(message: dict, entry: dict) -> str | None:
+    headers = message["headers"]
+    args, kwargs, _ = json.loads(base64.b64decode(message["body"]))
+    for what, sent, parked in (
+        ("name", headers["task"], entry["task"]),
+        ("id", headers["id"], entry["id"]),
+        ("args", args, entry["args"]),
+        ("kwargs", kwargs, entry["kwargs"]),
+    ):
+        if sent != parked:
+            return f"the {what} of the task was {parked!r}, and `replay` sends {sent!r}."
+    return None
+
+
+def _mail(folder: str) -> str | None:
+    for old in (*Path(folder).glob("*.tries"), Path(folder) / "delivered"):
+        old.unlink(missing_ok=True)
+    with Project(folder) as project:
+        project.worker("celery -A shop worker --pool=solo --without-mingle --without-gossip")
+        client = project.client()
+        try:
+            results = {name: client.send_task("mail", args=(name,)) for name in ("ada@shop", "ben@shop", "eve")}
+            ended = {name: result.get(timeout=20, propagate=False) for name, result in results.items()}
+        except TimeoutError:
+            return "a mail had no result after 20 seconds."
+        for name in ("ada@shop", "ben@shop"):
+            if isinstance(ended[name], Exception):
+                return f"the mail to {name} ended with {ended[name]!r}."
+            if ended[name] != "delivered":
+                return f"the mail to {name} has the result {ended[name]!r}."
+        if ended["eve"] != "not delivered: eve is no address":
+            return f"the mail to eve, which is no address, has the result {ended['eve']!r}."
+        delivered = (Path(folder) / "delivered").read_text().split()
+        if sorted(delivered) != ["ada@shop", "ben@shop"]:
+            return f"these mails were delivered: {', '.join(delivered)}."
+        if " retry: " not in project.log():
+            return "the worker waits inside the task, and has a slot less meanwhile. Use a retry."
+    return None
+
+
+FETCH = 'app = Celery("fetching")\n\n\n@app.task({})\ndef fetch({}):\n    {}\n\n\nanswer = fetch'
+FOR = 'name="fetch", autoretry_for=(ConnectionError, TimeoutError), '
+TOOL = """%%writefile scratch/tool/parked.py
+import json
+import os
+import sys
+
+from celery import Celery
+from redis import Redis
+
+client = Celery()
+store = Redis.from_url(os.environ["CELERY_RESULT_BACKEND"], decode_responses=True)
+command, *ids = sys.argv[1:]
+entries = [json.loads(line) for line in store.lrange("parked", 0, -1)]
+{}
+"""
+LIST = 'if command == "list":\n    for entry in entries:\n        print(entry["id"], entry["error"])\n'
+SEND = 'client.send_task(entry["task"], entry["args"], entry["kwargs"], task_id=entry["id"])'
+REMOVE = 'store.lrem("parked", 1, json.dumps(entry))'
+EACH = "else:\n    chosen = [entry for entry in entries if entry['id'] == ids[0]]\n    for entry in chosen:\n        "
+UNKNOWN = "\n    if not chosen:\n        print('unknown:', ids[0])"
+ONLY = 'if command == "replay":\n            '
+MAIL = """%%writefile scratch/mail/shop.py
+import post
+from celery import Celery
+
+app = Celery("shop")
+
+
+@app.task(name="mail", bind=True, max_retries={}, default_retry_delay=0.1)
+def mail(self, customer):
+{}
+"""
+
+EXERCISES = {
+    "08b-1": Exercise(
+        kind=list,
+        judge=_waits,
+        wrong={
+            "answer = [2, 4, 8, 16, 30]": "your list has 5",
+            "answer = [1, 2, 4, 8, 16, 30]": "and not 1",
+            "answer = [2, 4, 8, 16, 32, 64]": "a wait of 64 seconds",
+            "answer = [2, 4, 6, 8, 10, 12]": "wait 3 is not 6 seconds",
+        },
+        right=("answer = [min(2 ** n, 30) for n in range(1, 7)]", "answer = [2.0, 4.0, 8.0, 16.0, 30.0, 30.0]"),
+    ),
+    "08b-2": Exercise(
+        kind=Task,
+        judge=_fetch,
+        wrong={
+            FETCH.format(FOR[14:] + "max_retries=4, retry_backoff=True", "call", "return call()"): "without name=",
+            FETCH.format(FOR + "max_retries=4", "call", "return call()"): "They should get longer",
+            FETCH.format(FOR + "retry_backoff=True", "call", "return call()"): "it called 4 times",
+            FETCH.format(FOR + "retry_backoff=True, max_retries=None", "call", "return call()"): "without an end",
+            FETCH.format(
+                'name="fetch", autoretry_for=(Exception,), max_retries=4, retry_backoff=True', "call", "return call()"
+            ): "after a ValueError it called 5 times",
+            FETCH.format(
+                'name="fetch", autoretry_for=(OSError,), max_retries=4, retry_backoff=True', "call", "return call()"
+            ): "after a FileNotFoundError it called 5 times",
+            FETCH.format(
+                'name="fetch", bind=True, max_retries=4',
+                "self, call",
+                "try:\n        return call()\n    except (ConnectionError, TimeoutError):\n"
+                "        raise self.retry(countdown=2**self.request.retries)",
+            ): "the client gets MaxRetriesExceededError",
+            FETCH.format(FOR + "max_retries=4, retry_backoff=True", "call", "call()"): "gave None",
+        },
+        right=(
+            FETCH.format(
+                'name="fetch", bind=True, max_retries=4',
+                "self, call",
+                "try:\n        return call()\n    except (ConnectionError, TimeoutError) as error:\n"
+                "        raise self.retry(exc=error, countdown=3 * (self.request.retries + 1))",
+            ),
+            FETCH.format(
+                FOR + "retry_kwargs={'max_retries': 4}, retry_backoff=3, retry_jitter=False", "call", "return call()"
+            ),
+        ),
+    ),
+    "08b-3": Exercise(
+        kind=str,
+        judge=_parked,
+        project="scratch/tool",
+        wrong={
+            TOOL.format("print(entries and entries[0])"): "no line with id-ben",
+            TOOL.format("for entry in entries:\n    print(entry['id'], entry['error'])\n    " + REMOVE): (
+                "`list` changes something"
+            ),
+            TOOL.format(LIST + EACH + REMOVE + "\n        " + ONLY + SEND + UNKNOWN): "took the task off the list",
+            TOOL.format(LIST + EACH + SEND + "\n        " + REMOVE + UNKNOWN): "`drop` sends the task",
+            TOOL.format(LIST + EACH + ONLY + SEND + UNKNOWN): "the list has id-ada, id-ben, id-eve",
+            TOOL.format(
+                LIST + EACH + ONLY + SEND.replace(', task_id=entry["id"]', "") + "\n        " + REMOVE + UNKNOWN
+            ): "the id of the task was 'id-ben'",
+            TOOL.format(
+                LIST + EACH + ONLY + SEND.replace('entry["kwargs"]', "{}") + "\n        " + REMOVE + UNKNOWN
+            ): "the kwargs of the task was",
+            TOOL.format(LIST + EACH + ONLY + SEND + "\n        " + REMOVE): "the program should say so",
+            TOOL.format(
+                LIST + "else:\n    entry = {entry['id']: entry for entry in entries}[ids[0]]\n    "
+                'if command == "replay":\n        ' + SEND + "\n    " + REMOVE
+            ): "with a traceback",
+        },
+        right=(
+            TOOL.format(
+                LIST + EACH + ONLY + SEND + "\n        " + REMOVE + "\n    if not chosen:\n"
+                "        sys.exit(f'{ids[0]} is not parked.')"
+            ),
+            TOOL.format(
+                "import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument('command')\n"
+                "parser.add_argument('id', nargs='?')\nwords = parser.parse_args()\n"
+                "by_id = {entry['id']: entry for entry in entries}\n"
+                "if words.command == 'list':\n    print('\\n'.join(f\"{i}: {e['error']}\" for i, e in by_id.items()))\n"
+                "elif words.id not in by_id:\n    parser.error(f'unknown id {words.id}')\n"
+                "else:\n    entry = by_id[words.id]\n    if words.command == 'replay':\n"
+                "        client.signature(entry['task'], entry['args'], entry['kwargs'], app=client).apply_async("
+                "task_id=entry['id'])\n    store.lrem('parked', 0, json.dumps(entry))"
+            ),
+        ),
+    ),
+    "08b-4": Exercise(
+        kind=str,
+        judge=_mail,
+        project="scratch/mail",
+        wrong={
+            MAIL.format(5, "    post.deliver(customer)\n    return 'delivered'"): "ended with ConnectionError",
+            MAIL.format(
+                5,
+                "    try:\n        post.deliver(customer)\n    except Exception as error:\n"
+                "        raise self.retry(exc=error)\n    return 'delivered'",
+            ): "the mail to eve, which is no address",
+            MAIL.format(
+                5,
+                "    try:\n        post.deliver(customer)\n    except ConnectionError as error:\n"
+                "        raise self.retry(exc=error)\n    except ValueError as error:\n"
+                "        return f'not delivered: {error}'",
+            ): "has the result None",
+            MAIL.format(
+                5,
+                "    import time\n    while True:\n        try:\n            post.deliver(customer)\n"
+                "            return 'delivered'\n        except ConnectionError:\n            time.sleep(0.1)\n"
+                "        except ValueError as error:\n            return f'not delivered: {error}'",
+            ): "the worker waits inside the task",
+        },
+        right=(
+            MAIL.format(
+                "None",
+                "    from celery.exceptions import Retry\n    try:\n        try:\n            post.deliver(customer)\n"
+                "        except ConnectionError as error:\n            raise self.retry(exc=error)\n"
+                "    except Retry:\n        raise\n    except Exception as error:\n"
+                "        return f'not delivered: {error}'\n    return 'delivered'",
+            ),
+            MAIL.format(
+                "5, autoretry_for=(ConnectionError,)",
+                "    try:\n        post.deliver(customer)\n    except ValueError as error:\n"
+                "        return f'not delivered: {error}'\n    return 'delivered'",
+            ),
+        ),
+    ),
+}
+
+QUIZ = {
+    "08b-1": Question(
+        right="c",
+        wrong={
+            "a": "the broker still has a copy in `unacked`.",
+            "b": "nobody else knows the message until it is back in the queue.",
+            "d": "nobody tells the client. The state stays RETRY until the task runs again.",
+        },
+    ),
+    "08b-2": Question(
+        right=("5", "five"),
+        wrong={"4": "these are the retries. The first attempt comes before them.", "3": "that is Celery's default."},
+        otherwise="count the first attempt and the retries.",
+    ),
+    "08b-3": Question(
+        right="b",
+        wrong={
+            "a": "that would be the wait without jitter, which is on by default.",
+            "c": "that is `default_retry_delay`, which doesn't count with a backoff.",
+            "d": "600 seconds are the maximum of later waits.",
+        },
+    ),
+    "08b-4": Question(
+        right="b",
+        wrong={
+            "a": "the new message is sent before `Retry` is raised.",
+            "c": "the worker never sees the `Retry`, because the task has caught it.",
+            "d": "for the worker, the task has ended well: it has returned None.",
+        },
+    ),
+}
