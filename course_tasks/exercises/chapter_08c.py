@@ -1,0 +1,322 @@
+"""The exercises and the quiz of chapter 08c."""
+
+import sqlite3
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from course_tasks.exercises import Exercise, Question, WrongAnswer, called
+from course_tasks.exercises.project import Project
+from course_tasks.exercises.watched import Dead
+
+REASONS = {
+    "a": "the price is 5 euros after one run and after two",
+    "b": "after two runs, the price is 10 euros higher",
+    "c": "after two runs the file is gone, as after one",
+    "d": "after two runs, the file has the line twice",
+    "e": "the second run writes the same picture to the same file",
+    "f": "after two runs, there are two e-mails",
+}
+IDEMPOTENT = {"a", "c", "e"}
+MOST = 50  # statements; a function that runs more would go on without end
+
+
+def _letters(answer: set | frozenset | list | tuple) -> str | None:
+    given = {str(letter).strip().lower() for letter in answer}
+    if unknown := sorted(given - REASONS.keys()):
+        return f"{unknown[0]!r} is none of the letters from a to f."
+    for letter in sorted(given ^ IDEMPOTENT):
+        return f"{letter} is {'' if letter in IDEMPOTENT else 'not '}idempotent: {REASONS[letter]}."
+    return None
+
+
+class Dying(sqlite3.Connection):
+    """A connection whose process dies before a statement or a commit: before the number `left`, counted down."""
+
+    left = 0
+    count = 0
+
+    def _step(self) -> None:
+        self.count += 1
+        if self.count > MOST or (self.left and self.count >= self.left):
+            raise Dead
+
+    def execute(self, *args):
+        """Run a statement, or die."""
+        self._step()
+        return super().execute(*args)
+
+    def executemany(self, *args):
+        """Run a statement, or die."""
+        self._step()
+        return super().executemany(*args)
+
+    def executescript(self, *args):
+        """Run a script, or die."""
+        self._step()
+        return super().executescript(*args)
+
+    def commit(self):
+        """Commit, or die."""
+        self._step()
+        super().commit()
+
+    def cursor(self, factory=None):
+        """Make a cursor that dies as well."""
+        return super().cursor(factory or _DyingCursor)
+
+
+class _DyingCursor(sqlite3.Cursor):
+    connection: Dying
+
+    def execute(self, *args):
+        self.connection._step()
+        return super().execute(*args)
+
+
+def _pay(answer: Callable) -> str | None:
+    with tempfile.TemporaryDirectory(prefix="course-") as folder:
+        path = Path(folder) / "bank.db"
+
+        def fresh() -> None:
+            path.unlink(missing_ok=True)
+            with sqlite3.connect(path) as db:
+                db.execute("CREATE TABLE accounts (euros INTEGER)")
+                db.execute("CREATE TABLE paid (order_id TEXT PRIMARY KEY)")
+                db.execute("INSERT INTO accounts VALUES (100)")
+            db.close()
+
+        def pay(order: str, left: int = 0) -> tuple[object, int]:
+            """Call the function with a connection of its own; say what it returned and how many steps it took."""
+            db = sqlite3.connect(path, factory=Dying)
+            db.left = left
+            try:
+                return called(answer, db, order, 7), db.count
+            finally:
+                db.left = 0
+                db.close()  # what is not committed is gone, as with the process
+
+        def euros() -> int:
+            db = sqlite3.connect(path)
+            try:
+                return db.execute("SELECT euros FROM accounts").fetchone()[0]
+            finally:
+                db.close()
+
+        fresh()
+        first, steps = pay("ada-1")
+        if euros() != 107:
+            return f"the account had 100 euros, and after an order of 7 euros it has {euros()}. Is it committed?"
+        if first is not True:
+            return f"for a new order it returned {first!r}."
+        second, _ = pay("ada-1")
+        if euros() != 107:
+            return f"after the same order came twice, the account has {euros()} euros, and not 107."
+        if second is not False:
+            return f"for an order that was paid before it returned {second!r}."
+        if pay("ben-2")[0] is not True or euros() != 114:
+            return "another order, which comes later, is not paid."
+        for left in range(1, steps + 2):
+            fresh()
+            try:
+                pay("eve-3", left)
+            except WrongAnswer as error:
+                if not isinstance(error.__cause__, Dead):
+                    raise
+            pay("eve-3")
+            if euros() != 107:
+                return (
+                    f"its process died before step {left}, and the order came again. Then the account has {euros()} "
+                    "euros, and not 107."
+                )
+    return None
+
+
+def _loans(folder: str) -> str | None:
+    file = Path(folder) / "loans.db"
+    file.unlink(missing_ok=True)
+    with Project(folder) as project:
+        project.worker("celery -A library worker --pool=solo --without-mingle --without-gossip")
+        client = project.client()
+
+        def send(request: str, book: str, **options) -> object:
+            result = client.send_task("lend", args=(request, "ada", book), **options)
+            try:
+                return result.get(timeout=20, propagate=False)
+            except TimeoutError:
+                raise WrongAnswer("a task had no result after 20 seconds.") from None
+
+        for _ in range(2):
+            ended = send("form-1", "Emma")
+            if isinstance(ended, Exception):
+                return f"the task ended with {ended!r}."
+        for _ in range(2):
+            send("form-2", "Emma", task_id="the-same-message")
+        send("form-3", "Emma")
+        if not file.exists():
+            return "there is no file loans.db. Where are the loans?"
+        with sqlite3.connect(file) as db:
+            found = dict(db.execute("SELECT request, count(*) FROM loans GROUP BY request").fetchall())
+        db.close()
+    for request, what in (
+        ("form-1", "which was sent twice"),
+        ("form-2", "whose message came back"),
+        ("form-3", "in which the same reader wants the same book again"),
+    ):
+        if found.get(request, 0) != 1:
+            return f"{request}, {what}, has {found.get(request, 0)} loans, and not one."
+    return None
+
+
+PAY = """import sqlite3
+
+
+def pay(db, order, euros):
+    {}
+
+
+answer = pay"""
+INSERT = 'db.execute("INSERT INTO paid VALUES (?)", (order,))'
+UPDATE = 'db.execute("UPDATE accounts SET euros = euros + ?", (euros,))'
+EXCEPT = "\n    except sqlite3.IntegrityError:\n        return False\n    return True"
+LIBRARY = """%%writefile scratch/loans/library.py
+import sqlite3
+
+from celery import Celery
+
+app = Celery("library")
+
+
+def database():
+    db = sqlite3.connect("loans.db", timeout=20)
+    db.execute("CREATE TABLE IF NOT EXISTS loans (request TEXT{unique}, reader TEXT, book TEXT)")
+    db.execute("CREATE TABLE IF NOT EXISTS done (key TEXT PRIMARY KEY)")
+    return db
+
+
+@app.task(name="lend", bind=True, acks_late=True)
+def lend(self, request, reader, book):
+    with database() as db:
+        try:
+            {first}
+            {second}
+        except sqlite3.IntegrityError:
+            return "was done before"
+    return "done"
+"""
+KEY = 'db.execute("INSERT INTO done VALUES (?)", ({},))'
+LOAN = 'db.execute("INSERT INTO loans VALUES (?, ?, ?)", (request, reader, book))'
+
+
+def _library(first: str, second: str = LOAN, unique: str = "") -> str:
+    return LIBRARY.format(first=first, second=second, unique=unique)
+
+
+EXERCISES = {
+    "08c-1": Exercise(
+        kind=(set, frozenset, list, tuple),
+        judge=_letters,
+        wrong={
+            'answer = {"a", "c"}': "e is idempotent",
+            'answer = {"a", "b", "c", "e"}': "b is not idempotent",
+            'answer = {"c", "e"}': "a is idempotent",
+            'answer = {"a", "c", "d", "e"}': "d is not idempotent",
+            'answer = {"a", "c", "e", "g"}': "'g' is none of the letters",
+        },
+        right=('answer = ["e", "a", "c"]', 'answer = frozenset("ACE")'),
+    ),
+    "08c-2": Exercise(
+        kind=Callable,
+        judge=_pay,
+        wrong={
+            PAY.format("with db:\n        " + UPDATE + "\n    return True"): "the same order came twice",
+            PAY.format("try:\n        " + INSERT + "\n        " + UPDATE + EXCEPT): "Is it committed?",
+            PAY.format(
+                "try:\n        with db:\n            "
+                + INSERT
+                + "\n    except sqlite3.IntegrityError:\n        return False\n    with db:\n        "
+                + UPDATE
+                + "\n    return True"
+            ): "died before step 2",
+            PAY.format(
+                "try:\n        with db:\n            " + UPDATE + "\n        with db:\n            " + INSERT + EXCEPT
+            ): "the account has 114 euros, and not 107",
+            PAY.format(
+                "try:\n        with db:\n            "
+                + INSERT
+                + "\n            "
+                + UPDATE
+                + "\n    except sqlite3.IntegrityError:\n        return True\n    return True"
+            ): "for an order that was paid before it returned True",
+            PAY.format(
+                "if db.execute('SELECT * FROM paid').fetchone():\n        return False\n    with db:\n        "
+                + INSERT
+                + "\n        "
+                + UPDATE
+                + "\n    return True"
+            ): "another order, which comes later",
+            PAY.format("try:\n        with db:\n            " + INSERT + "\n            " + UPDATE + EXCEPT[:-16]): (
+                "for a new order it returned None"
+            ),
+        },
+        right=(
+            PAY.format(
+                "cursor = db.cursor()\n    try:\n        cursor.execute('INSERT INTO paid VALUES (?)', [order])\n"
+                "    except sqlite3.IntegrityError:\n        db.rollback()\n        return False\n"
+                "    cursor.execute('UPDATE accounts SET euros = euros + ?', [euros])\n    db.commit()\n    return True"
+            ),
+            PAY.format(
+                "with db:\n        new = db.execute('INSERT OR IGNORE INTO paid VALUES (?)', (order,)).rowcount\n"
+                "        db.execute('UPDATE accounts SET euros = euros + ?', (euros * new,))\n    return new == 1"
+            ),
+        ),
+    ),
+    "08c-3": Exercise(
+        kind=str,
+        judge=_loans,
+        project="scratch/loans",
+        wrong={
+            _library(KEY.format("self.request.root_id")): "form-1, which was sent twice, has 2 loans",
+            _library(KEY.format("book")): "form-2, whose message came back, has 0 loans",
+            _library(KEY.format("f'{reader} {self.request.id}'"), "pass"): "form-1, which was sent twice, has 0 loans",
+            _library(KEY.format("requests")): "the task ended with NameError",
+            _library("pass"): "form-1, which was sent twice, has 2 loans",
+        },
+        right=(
+            _library("pass", LOAN, " UNIQUE"),
+            _library(KEY.format("'form ' + request")),
+        ),
+    ),
+}
+
+QUIZ = {
+    "08c-1": Question(
+        right="b",
+        wrong={
+            "a": "the lock was released after the first charge, and remembers nothing.",
+            "c": "a lock is stale only if its owner died without releasing it.",
+            "d": "a minute later, there is no lock to wait for.",
+        },
+    ),
+    "08c-2": Question(
+        right="c",
+        wrong={
+            "a": "in the second run the key is there, so the task thinks that it is done.",
+            "b": "that would happen if the key were set after the e-mail.",
+            "d": "it doesn't wait. It finds the key and ends.",
+        },
+    ),
+    "08c-3": Question(
+        right=("idempotent",),
+        wrong={"atomic": "that means that something happens as a whole or not at all.", "unique": "that is a column."},
+        otherwise="look at the first section of the chapter.",
+    ),
+    "08c-4": Question(
+        right="b",
+        wrong={
+            "a": "the row stays until the message is sent, so it is sent at some time.",
+            "c": "the order and the row are written in one transaction.",
+            "d": "between the send and the deletion there is a moment in which the relay may die.",
+        },
+    ),
+}
