@@ -180,27 +180,22 @@ INSERT = 'db.execute("INSERT INTO paid VALUES (?)", (order,))'
 UPDATE = 'db.execute("UPDATE accounts SET euros = euros + ?", (euros,))'
 EXCEPT = "\n    except sqlite3.IntegrityError:\n        return False\n    return True"
 LIBRARY = """%%writefile scratch/loans/library.py
-import sqlite3
+from sqlite3 import IntegrityError
 
 from celery import Celery
+from loans import database
 
 app = Celery("library")
-
-
-def database():
-    db = sqlite3.connect("loans.db", timeout=20)
-    db.execute("CREATE TABLE IF NOT EXISTS loans (request TEXT{unique}, reader TEXT, book TEXT)")
-    db.execute("CREATE TABLE IF NOT EXISTS done (key TEXT PRIMARY KEY)")
-    return db
 
 
 @app.task(name="lend", bind=True, acks_late=True)
 def lend(self, request, reader, book):
     with database() as db:
+        {before}
         try:
             {first}
             {second}
-        except sqlite3.IntegrityError:
+        except IntegrityError:
             return "was done before"
     return "done"
 """
@@ -208,8 +203,8 @@ KEY = 'db.execute("INSERT INTO done VALUES (?)", ({},))'
 LOAN = 'db.execute("INSERT INTO loans VALUES (?, ?, ?)", (request, reader, book))'
 
 
-def _library(first: str, second: str = LOAN, unique: str = "") -> str:
-    return LIBRARY.format(first=first, second=second, unique=unique)
+def _library(first: str, second: str = LOAN, before: str = "pass") -> str:
+    return LIBRARY.format(first=first, second=second, before=before)
 
 
 EXERCISES = {
@@ -277,13 +272,13 @@ EXERCISES = {
         project="scratch/loans",
         wrong={
             _library(KEY.format("self.request.root_id")): "form-1, which was sent twice, has 2 loans",
-            _library(KEY.format("book")): "form-2, whose message came back, has 0 loans",
+            _library("pass", LOAN + "\n            " + LOAN): "form-1, which was sent twice, has 4 loans",
             _library(KEY.format("f'{reader} {self.request.id}'"), "pass"): "form-1, which was sent twice, has 0 loans",
             _library(KEY.format("requests")): "the task ended with NameError",
-            _library("pass"): "form-1, which was sent twice, has 2 loans",
+            _library(KEY.format("reader + book")): "form-2, whose message came back, has 0 loans",
         },
         right=(
-            _library("pass", LOAN, " UNIQUE"),
+            _library("pass", LOAN, "db.execute('CREATE UNIQUE INDEX IF NOT EXISTS once ON loans (request)')"),
             _library(KEY.format("'form ' + request")),
         ),
     ),
