@@ -215,8 +215,8 @@ class Plan:
                 header = kwargs["header"]
                 if isinstance(header, dict):
                     header = header["kwargs"]["tasks"]
-                ends = [self._signature(member, after) for member in header]
-                return self._signature(kwargs["body"], list(itertools.chain(*ends)))
+                members = [self._signature(member, after) for member in header]
+                return self._signature(kwargs["body"], list(itertools.chain(*members)))
         call = _planned(signature)
         part = self._add(options.get("task_id") or id or f"{after}/{call}", call, after)
         return self._then(part.id, options.get("link"), options.get("chord"), options.get("chain"))

@@ -106,7 +106,8 @@ def _lists_ids(answer: Callable) -> str | None:
     try:
         for name, links in cases.items():
             result = (chain(*links, app=app) if len(links) > 1 else links[0].clone()).freeze()
-            wanted, link = [], result
+            wanted: list[str] = []
+            link = result
             while link is not None:
                 wanted = [each.id for each in getattr(link, "results", [link])] + wanted
                 link = link.parent
