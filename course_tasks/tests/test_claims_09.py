@@ -3,6 +3,7 @@
 import json
 import time
 
+import psutil
 import pytest
 from celery import chain, chord, group
 from celery.result import GroupResult
@@ -194,3 +195,71 @@ def test_one_exception_makes_a_whole_piece_fail_and_its_calls_run_in_one_slot(ti
 
 
 # --- 09b -----------------------------------------------------------------------------------------------------
+
+
+def test_the_worker_that_finds_an_error_runs_the_error_callback_with_three_arguments(project):
+    stands(
+        "09b",
+        "It is called with the request of the failed task, its exception, and the traceback.",
+        "This happens inside the worker that found the error.",
+    )
+    (project.folder / "press.py").write_text(PRESS)
+    project.worker("celery -A press worker --pool=threads -c 1 -n press@%h --without-mingle --without-gossip")
+    client = project.client()
+    fail = client.signature("fail", app=client)
+    fail.apply_async(link_error=client.signature("complain", app=client))
+    logged(project, "complaint: fail ValueError str press")
+
+
+def test_a_worker_forgets_revoked_ids_when_it_is_restarted(project):
+    stands("09b", "so a chain that you cancel is forgotten if all workers are restarted before it goes on")
+    (project.folder / "press.py").write_text(PRESS)
+    worker = "celery -A press worker --pool=solo -n {}@%h --without-mingle --without-gossip"
+    project.worker(worker.format("one"))
+    client = project.client()
+    stats = until(client.control.inspect(timeout=5, limit=1).stats, "the worker answers")
+    client.control.revoke("cancelled", reply=True, timeout=10, limit=1)
+    client.control.shutdown()
+    until(lambda: not psutil.pid_exists(*[stat["pid"] for stat in stats.values()]), "the worker ends")
+    project.worker(worker.format("two"))
+    assert client.send_task("ok", task_id="cancelled").get(timeout=20) == "ok"
+
+
+def test_a_chord_without_its_keys_in_the_backend_never_ends(project):
+    stands("09b", "The same happens if the backend loses the chord's keys.")
+    (project.folder / "press.py").write_text(PRESS)
+    project.worker("celery -A press worker --pool=threads -c 2 --without-mingle --without-gossip")
+    client = project.client()
+    parts = [client.signature("ok", app=client), client.signature("wait", app=client)]
+    result = chord(parts, app=client)(client.signature("collect", app=client))
+    until(lambda: result.parent.results[0].state == "SUCCESS", "one part is done")
+    project.backend.delete(*project.backend.keys("celery-taskset-meta-*"))
+    (project.folder / "go").touch()
+    assert result.parent.results[1].get(timeout=20) == "ok"
+    assert client.send_task("ok").get(timeout=20) == "ok" and result.state == "PENDING"
+
+
+PRESS = """
+import os
+import time
+from celery import Celery
+app = Celery("press")
+@app.task(name="fail")
+def fail():
+    raise ValueError("no text")
+@app.task(name="ok")
+def ok():
+    return "ok"
+@app.task(name="wait")
+def wait():
+    while not os.path.exists("go"):
+        time.sleep(0.05)
+    return "ok"
+@app.task(name="collect")
+def collect(parts):
+    return parts
+@app.task(name="complain")
+def complain(request, error, traceback):
+    where = request.hostname.partition("@")[0]
+    print(f"complaint: {request.task} {type(error).__name__} {type(traceback).__name__} {where}")
+"""
