@@ -18,6 +18,7 @@ from course_tasks.classroom.toolkit import (
     free_port,
     memory,
     run_tasks,
+    send_under,
     wait_until,
 )
 from course_tasks.exercises import check, quiz
@@ -37,6 +38,7 @@ __all__ = [
     "memory",
     "quiz",
     "run_tasks",
+    "send_under",
     "wait_until",
 ]
 

@@ -16,6 +16,7 @@ from redis.exceptions import RedisError
 
 from course_tasks import spans
 from course_tasks.classroom.errors import ClassroomError
+from course_tasks.correlation import correlation_id
 from course_tasks.spans import FIELDS, Span
 
 if TYPE_CHECKING:
@@ -175,6 +176,34 @@ def _servers_answer() -> Iterator[None]:
     except (OperationalError, RedisError, ConnectionError, RuntimeError) as error:  # the last one is the backend's
         trouble = " ".join(str(error).split())
         raise ClassroomError(f"The broker or the backend doesn't answer ({trouble}). Run %servers.") from None
+
+
+def send_under(client: "Celery", id: str, name: str, queue: str = "celery", **options: Any) -> "AsyncResult":
+    """Send a task under a correlation id, as a web service does for a request.
+
+    Args:
+        client: the app to send with. `course_tasks.correlation.install` has prepared it.
+        id: the correlation id. It is this program's id only while the task is sent.
+        name: of the task.
+        queue: where to send it.
+        options: more options of `send_task`, such as `args` or `headers`.
+
+    Returns:
+        What `send_task` returns.
+
+    Raises:
+        ClassroomError: the broker or the backend is away.
+
+    Example:
+        >>> send_under(client, "ada-7", "order", queue="shop").get(timeout=10)
+        'Thank you.'
+    """
+    token = correlation_id.set(id)
+    try:
+        with _servers_answer():
+            return client.send_task(name, queue=queue, **options)
+    finally:
+        correlation_id.reset(token)
 
 
 def ask_worker(client: "Celery", name: str, question: str = "stats", seconds: float = 10) -> Any:

@@ -9,9 +9,21 @@ import threading
 
 import pytest
 from celery import Celery
+from celery.signals import before_task_publish
 from redis import Redis
 
-from course_tasks.classroom import ClassroomError, Spans, ask_worker, collect, follow_log, memory, run_tasks, wait_until
+from course_tasks.classroom import (
+    ClassroomError,
+    Spans,
+    ask_worker,
+    collect,
+    follow_log,
+    memory,
+    run_tasks,
+    send_under,
+    wait_until,
+)
+from course_tasks.correlation import correlation_id
 from course_tasks.servers import find_server
 from course_tasks.tests.plugin import free_ports, listens, until
 from course_tasks.tests.test_live import addressed, working
@@ -160,3 +172,19 @@ def heard(port: int) -> bool:
 def test_without_a_notebook_it_says_so():
     with one_line("follow_log follows a notebook's terminal cells. Run the notebook's first cell first."):
         follow_log("one", "text")
+
+
+def test_send_under_sets_the_id_only_while_it_sends(client):
+    seen = []
+    look = before_task_publish.connect(lambda **_: seen.append(correlation_id.get()), weak=False)
+    token = correlation_id.set("mine")
+    try:
+        assert send_under(client, "ada-7", "add", args=(4, 5)).get(timeout=30) == 9
+        away = Celery(broker="redis://localhost:1/0", set_as_current=False)
+        away.conf.broker_read_url = away.conf.broker_write_url = "redis://localhost:1/0"
+        with one_line("The broker or the backend doesn't answer"):
+            send_under(away, "ben-8", "add", args=(4, 5), ignore_result=True)
+        assert (seen[0], correlation_id.get()) == ("ada-7", "mine")
+    finally:
+        correlation_id.reset(token)
+        before_task_publish.disconnect(look)
