@@ -226,20 +226,6 @@ def test_a_worker_forgets_revoked_ids_when_it_is_restarted(project):
     logged(project, "Task ok[cancelled] succeeded")
 
 
-def test_a_chord_without_its_keys_in_the_backend_never_ends(project):
-    stands("09b", "The same happens if the backend loses the chord's keys.")
-    (project.folder / "press.py").write_text(PRESS)
-    project.worker("celery -A press worker --pool=threads -c 2 --without-mingle --without-gossip")
-    client = project.client()
-    parts = [client.signature("ok", app=client), client.signature("wait", app=client)]
-    result = chord(parts, app=client)(client.signature("collect", app=client))
-    until(lambda: result.parent.results[0].state == "SUCCESS", "one part is done")
-    project.backend.delete(*project.backend.keys("celery-taskset-meta-*"))
-    (project.folder / "go").touch()
-    assert result.parent.results[1].get(timeout=20) == "ok"
-    assert client.send_task("ok").get(timeout=20) == "ok" and result.state == "PENDING"
-
-
 PRESS = """
 import os
 import time
