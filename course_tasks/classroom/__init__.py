@@ -5,8 +5,6 @@ from pathlib import Path
 
 from course_tasks import copies, progress
 from course_tasks.classroom import course_map
-from course_tasks.classroom.calls import Calls
-from course_tasks.classroom.canvas import Canvas
 from course_tasks.classroom.errors import ClassroomError
 from course_tasks.classroom.pair import show_servers
 from course_tasks.classroom.terminal import TerminalMagics
@@ -25,8 +23,6 @@ from course_tasks.exercises import check, quiz
 from course_tasks.jupyter.first_cell import notebook_name
 
 __all__ = [
-    "Calls",
-    "Canvas",
     "ClassroomError",
     "Spans",
     "ask_worker",

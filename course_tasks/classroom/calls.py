@@ -3,10 +3,10 @@
 import html
 from collections.abc import Mapping, Sequence
 
-from course_tasks.classroom.drawing import AXIS, RIGHT, TITLE, WIDTH, axis, framed, image
+from course_tasks.classroom.drawing import AXIS, LEFT, RIGHT, TITLE, WIDTH, axis, framed, image
 from course_tasks.classroom.errors import ClassroomError
 
-LEFT, HIGH, GAP = 108, 56, 8  # pixels: for the names, the highest bar, and between two rows
+HIGH, GAP = 56, 8  # pixels: of the highest bar, and between two rows
 STEP = 0.5  # seconds that one bar counts
 
 
@@ -48,14 +48,15 @@ class Calls:
     def svg(self) -> str:
         """The picture as SVG."""
         longest = max(STEP, *(time for times in self.rows.values() for time in times))
-        most = max(max(_counts(times)) for times in self.rows.values())
+        counts = {name: _counts(times) for name, times in self.rows.items()}
+        most = max(map(max, counts.values()))
         scale, drawn, top = (WIDTH - LEFT - RIGHT) / (longest + STEP), [], TITLE
         for name, times in self.rows.items():
             bottom = top + HIGH
             drawn.append(f'<text class="name" x="4" y="{bottom - 24}">{html.escape(name[:14])}</text>')
             drawn.append(f'<text x="4" y="{bottom - 6}">{len(times)} calls</text>')
             drawn.append(f'<path class="grid" d="M{LEFT} {bottom}H{WIDTH - RIGHT}"/>')
-            for number, count in enumerate(_counts(times)):
+            for number, count in enumerate(counts[name]):
                 high = HIGH * count / most
                 drawn.append(
                     f'<rect class="bar" x="{LEFT + number * STEP * scale:.1f}" y="{bottom - high:.1f}" '
@@ -63,7 +64,7 @@ class Calls:
                 )
             top = bottom + GAP
         drawn.append(f'<text x="{LEFT}" y="17">calls in each half second (the highest bar: {most})</text>')
-        return framed([*drawn, *axis(longest + STEP, scale, top, LEFT)], top + AXIS)
+        return framed([*drawn, *axis(longest + STEP, scale, top)], top + AXIS)
 
 
 def _counts(times: Sequence[float]) -> list[int]:

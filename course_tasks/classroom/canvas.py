@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import html
 import itertools
 import re
 import threading
@@ -15,8 +14,8 @@ from IPython import get_ipython
 from IPython.display import display
 
 from course_tasks.classroom.canvas_picture import Part, drawn
-from course_tasks.classroom.drawing import image
-from course_tasks.classroom.listening import FINAL, Listener
+from course_tasks.classroom.drawing import image, preformatted
+from course_tasks.classroom.listening import FINAL, RETRY, Listener
 
 SHOWN = 30  # tasks, at most; what became of the others is counted
 LONG = 60  # letters of a task's arguments, or of its result
@@ -27,7 +26,6 @@ PAUSE = 0.05  # seconds between two looks at whether all is over
 NOTHING = {"text/plain": "", "text/html": "<span></span>"}
 OVER = FINAL | {"never sent"}
 WRAPPER = "ExceptionWithTraceback()"
-RETRY = re.compile(r"^Retry\(Retry\(\.\.\.\), (.*), [^,]*\)$")  # an event's text around a task's own error
 
 
 class Canvas(Listener):
@@ -164,8 +162,7 @@ class Canvas(Listener):
     def _bundle(self, parts: list[Part]) -> dict[str, str]:
         text = self._text(parts)
         alt = "; ".join(re.sub(" +", " ", line.strip()) for line in text.splitlines())
-        words = f'<pre style="font-size:var(--jp-code-font-size);white-space:pre-wrap">{html.escape(text)}</pre>'
-        return {"text/plain": text, "text/html": image(f"A {alt}", drawn(parts[:SHOWN])) + words}
+        return {"text/plain": text, "text/html": image(f"A {alt}", drawn(parts[:SHOWN])) + preformatted(text)}
 
 
 class Plan:

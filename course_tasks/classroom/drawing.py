@@ -81,3 +81,8 @@ def pane(title: str, body: str, about: str, role: str = "log", style: str = "", 
         f'<div style="{PANE}{DARK}border-radius:6px;padding-bottom:6px">'
         f'<div style="padding:4px 10px;font-weight:bold">{title}</div>{inner}</div>'
     )
+
+
+def preformatted(text: str) -> str:
+    """A text of several lines as HTML, as it stands, to go below a picture."""
+    return f'<pre style="font-size:var(--jp-code-font-size);white-space:pre-wrap">{html.escape(text)}</pre>'

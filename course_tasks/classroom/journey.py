@@ -1,7 +1,6 @@
 """`Journey`: what one task really went through, from the client to its end, as text and as a picture."""
 
 import contextlib
-import html
 import re
 import time
 from datetime import datetime
@@ -9,12 +8,11 @@ from operator import itemgetter
 
 from celery import states
 
-from course_tasks.classroom.drawing import image
+from course_tasks.classroom.drawing import image, preformatted
 from course_tasks.classroom.journey_picture import Step, bars_of, drawn
-from course_tasks.classroom.listening import FINAL, Listener
+from course_tasks.classroom.listening import FINAL, RETRY, Listener
 
 WHEN = itemgetter("timestamp")
-RETRY = re.compile(r"^Retry\(Retry\(\.\.\.\), (.*), [^,]*\)$")  # an event's text around a task's own error
 
 
 class Journey(Listener):
@@ -58,8 +56,7 @@ class Journey(Listener):
         alt = "; ".join(re.sub(r"^\+\S+ s +(\S+) +", r"\1 ", line) for line in self._lines())
         bars = bars_of(self._steps, None if self._ended() else self._end, self._stored)
         picture = image(f"The way of task {self._sent[0]['name']}: {alt}", drawn(bars))
-        words = f'<pre style="font-size:var(--jp-code-font-size);white-space:pre-wrap">{html.escape(text)}</pre>'
-        return {"text/plain": text, "text/html": picture + words}
+        return {"text/plain": text, "text/html": picture + preformatted(text)}
 
     # what was heard
 

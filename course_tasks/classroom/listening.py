@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import re
 import threading
 import time
 from typing import Self
@@ -15,6 +16,7 @@ WAIT = 5.0  # seconds that the end of the block waits for the last event
 ANSWER = 1.5  # seconds in which workers have to answer; one that is busy in the solo pool can't
 LISTEN = 5.0  # seconds in which our own listening has to work
 LEAVE = 1.0  # seconds in which it has to end; it looks ten times a second whether it should
+RETRY = re.compile(r"^Retry\(Retry\(\.\.\.\), (.*), [^,]*\)$")  # an event's text around a task's own error
 FINAL = {"succeeded", "failed", "revoked", "rejected"}
 
 

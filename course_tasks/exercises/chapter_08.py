@@ -1,11 +1,10 @@
 """The exercises and the quiz of chapter 08."""
 
 import itertools
-import json
 from collections.abc import Callable
 
 from course_tasks.exercises import Exercise, Question, WrongAnswer
-from course_tasks.exercises.project import Project
+from course_tasks.exercises.project import Project, ended
 from course_tasks.exercises.watched import Watched
 
 DEATHS = {"child", "connection", "worker"}
@@ -111,7 +110,7 @@ def _lifetime(watched: Watched) -> str | None:
 
 def _nightly(folder: str) -> str | None:
     with Project(folder) as project:
-        settings = json.loads(project.run(f"python -c '{SETTINGS}'".replace('"', '\\"').replace("'", '"')))
+        settings = project.loaded(SETTINGS)
         for module, (options, late) in settings.items():
             timeout = (options or {}).get("visibility_timeout", 60 * 60)
             if isinstance(timeout, bool) or not isinstance(timeout, int | float):
@@ -129,8 +128,11 @@ def _nightly(folder: str) -> str | None:
             project.worker(
                 f"celery -A {name} worker -Q {name} --pool=solo -n {name}@%h --without-mingle --without-gossip"
             )
-        project.client().send_task("report", args=(2026,), queue="reports").get(timeout=20)
-        project.client().send_task("mail", args=("Ada",), queue="mails").get(timeout=20)
+        client = project.client()
+        for name, argument in (("report", 2026), ("mail", "Ada")):
+            value = ended(client.send_task(name, args=(argument,), queue=f"{name}s"))
+            if isinstance(value, Exception):
+                return f"the task {name} ended with {value!r}."
         if (written := project.log().count("writing the report of 2026")) != 1:
             return f"the report was written {written} times."
     return None

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from course_tasks.exercises import Exercise, Question, WrongAnswer, called
-from course_tasks.exercises.project import Project
+from course_tasks.exercises.project import Project, ended
 from course_tasks.exercises.watched import Dead
 
 REASONS = {
@@ -140,16 +140,12 @@ def _loans(folder: str) -> str | None:
         client = project.client()
 
         def send(request: str, book: str, **options) -> object:
-            result = client.send_task("lend", args=(request, "ada", book), **options)
-            try:
-                return result.get(timeout=20, propagate=False)
-            except TimeoutError:
-                raise WrongAnswer("a task had no result after 20 seconds.") from None
+            return ended(client.send_task("lend", args=(request, "ada", book), **options))
 
         for _ in range(2):
-            ended = send("form-1", "Emma")
-            if isinstance(ended, Exception):
-                return f"the task ended with {ended!r}."
+            value = send("form-1", "Emma")
+            if isinstance(value, Exception):
+                return f"the task ended with {value!r}."
         for _ in range(2):
             send("form-2", "Emma", task_id="the-same-message")
         send("form-3", "Emma")

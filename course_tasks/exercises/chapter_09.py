@@ -16,10 +16,7 @@ PRICES = {"bread": 3, "milk": 2, "cheese": 7}
 def _with_tax(answer: AsyncResult) -> str | None:
     if isinstance(answer, GroupResult):
         return "this is the result of a group. Send one chain."
-    links = [answer]
-    while links[-1].parent is not None:
-        links.append(links[-1].parent)
-    links.reverse()
+    links = _links(answer)
     if len(links) != 3:
         return f"this is a chain of {len(links)} calls. It should be three." if len(links) > 1 else _single(answer)
     try:
@@ -104,20 +101,17 @@ def _lists_ids(answer: Callable) -> str | None:
         "a chain that ends with a group": (steps[0], steps[1], group(steps[2:4])),
     }
     try:
-        for name, links in cases.items():
-            result = (chain(*links, app=app) if len(links) > 1 else links[0].clone()).freeze()
-            wanted: list[str] = []
-            link = result
-            while link is not None:
-                wanted = [each.id for each in getattr(link, "results", [link])] + wanted
-                link = link.parent
+        for name, parts in cases.items():
+            result = (chain(*parts, app=app) if len(parts) > 1 else parts[0].clone()).freeze()
+            links = _links(result)
+            wanted = [each.id for link in links for each in getattr(link, "results", [link])]
             case = f"for {name}, "
             value = called(answer, result, case=case)
             if not isinstance(value, list | tuple):
                 return f"{case}it returned {value!r}. It should return a list of ids."
             if list(value) == wanted:
                 continue
-            groups = {link.id for link in _ways(result) if isinstance(link, GroupResult)}
+            groups = {link.id for link in links if isinstance(link, GroupResult)}
             if groups & {each for each in value if isinstance(each, str)}:
                 return f"{case}the list has the id of the group, which is no task."
             if any(isinstance(each, AsyncResult | list | tuple) for each in value):
@@ -130,12 +124,9 @@ def _lists_ids(answer: Callable) -> str | None:
     return None
 
 
-def _ways(result) -> list:
-    found = []
-    while result is not None:
-        found.append(result)
-        result = result.parent
-    return found
+def _links(result: AsyncResult | GroupResult | None) -> list:
+    """A result and those before it in its chain; the first one comes first."""
+    return [*_links(result.parent), result] if result is not None else []
 
 
 def _orders(folder: str) -> str | None:

@@ -1,6 +1,5 @@
 """The exercises and the quiz of chapter 10."""
 
-import json
 from datetime import timedelta
 from typing import Any
 
@@ -76,11 +75,7 @@ def _entry(answer: dict[str, Any]) -> str | None:
 
 def _invoices(folder: str) -> str | None:
     with Project(folder) as project:
-        (project.folder / ".simulated.py").write_text(SIMULATED)
-        try:
-            found = json.loads(project.run("env PYTHONPATH=. python .simulated.py").splitlines()[-1])
-        finally:
-            (project.folder / ".simulated.py").unlink()
+        found = project.loaded(SIMULATED)
     for month, name in (("01", "in winter"), ("07", "in summer")):
         times = [each[3:] for each in found if each[:2] == month]
         if len(times) != 1:

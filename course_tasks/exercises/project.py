@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,8 @@ from typing import Any
 
 import psutil
 from celery import Celery
+from celery.exceptions import TimeoutError
+from celery.result import AsyncResult
 from redis import Redis
 
 from course_tasks.exercises import WrongAnswer
@@ -107,12 +110,13 @@ class Project:
             time.sleep(0.02)
         return running
 
-    def run(self, command: str, seconds: float = 20) -> str:
+    def run(self, command: str, seconds: float = 20, name: str = "") -> str:
         """Run a command to its end.
 
         Args:
             command: what to type in the project's folder, such as "python order.py".
             seconds: how long it may take.
+            name: what to call it in a reason, if not by the whole command.
 
         Returns:
             What it printed.
@@ -121,13 +125,28 @@ class Project:
             WrongAnswer: it failed, or took longer.
         """
         process, log = self._start(command)
+        name = name or command
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise WrongAnswer(f"`{command}` was still running after {seconds:g} s: {_end(_text(log))}") from None
+            raise WrongAnswer(f"`{name}` was still running after {seconds:g} s: {_end(_text(log))}") from None
         if code:
-            raise WrongAnswer(f"`{command}` ended with an error: {_end(_text(log))}")
+            raise WrongAnswer(f"`{name}` ended with an error: {_end(_text(log))}")
         return _text(log)
+
+    def loaded(self, source: str) -> Any:
+        """Run a program of the judge's own, which imports the project's modules.
+
+        Args:
+            source: of the program. The last line that it prints is JSON.
+
+        Returns:
+            What the program printed in its last line.
+
+        Raises:
+            WrongAnswer: it failed, as when a module of the project can't be imported.
+        """
+        return json.loads(self.run(f"python -c {shlex.quote(source)}", name="python").splitlines()[-1])
 
     def log(self) -> str:
         """What all of the project's workers have written so far."""
@@ -155,6 +174,25 @@ class Project:
         )
         self._stack.callback(_kill, process)
         return process, log
+
+
+def ended(result: AsyncResult, seconds: float = 20) -> Any:
+    """Wait for the end of a project's task.
+
+    Args:
+        result: what `send_task` returned.
+        seconds: how long to wait at most.
+
+    Returns:
+        Its value, or the exception that it raised.
+
+    Raises:
+        WrongAnswer: it wasn't done in time.
+    """
+    try:
+        return result.get(timeout=seconds, propagate=False)
+    except TimeoutError:
+        raise WrongAnswer(f"a task had no result after {seconds:g} seconds.") from None
 
 
 def answers(client: Celery, question: str, number: int, seconds: float = 10) -> list[Any]:

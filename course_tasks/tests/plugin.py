@@ -24,6 +24,7 @@ import nbval.kernel
 import nbval.plugin
 import psutil
 import pytest
+from celery import Celery
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from redis import Redis
 from xdist.scheduler import LoadScopeScheduling
@@ -376,6 +377,12 @@ def stands(chapter: str, *sentences: str) -> None:
 def logged(project: Project, text: str) -> None:
     """Wait for a text in the log of the project's workers."""
     until(lambda: text in project.log(), f"{text!r} in the log:\n{project.log()}", seconds=20)
+
+
+def node_stats(client: Celery, name: str) -> dict:
+    """What a worker says about itself."""
+    node = f"{name}@{socket.gethostname()}"
+    return until(lambda: client.control.inspect([node], timeout=5, limit=1).stats(), f"{name} answers")[node]
 
 
 def processes(text: str, among: Iterable[psutil.Process] | None = None) -> list[psutil.Process]:

@@ -6,7 +6,8 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from course_tasks.classroom import Calls, ClassroomError
+from course_tasks.classroom import ClassroomError
+from course_tasks.classroom.calls import Calls
 
 ROWS = {"fixed": [10.0, 10.1, 10.4, 11.2], "backoff": [20.0, 23.1]}
 

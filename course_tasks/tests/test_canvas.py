@@ -11,7 +11,8 @@ from celery import chain, chord, group
 from celery.exceptions import TimeoutError
 from celery.signals import after_task_publish
 
-from course_tasks.classroom import Canvas, ClassroomError
+from course_tasks.classroom import ClassroomError
+from course_tasks.classroom.canvas import Canvas
 from course_tasks.exercises.project import Project
 from course_tasks.tests.plugin import until
 from course_tasks.tests.test_live import viewing
@@ -226,7 +227,7 @@ def test_a_block_that_sends_nothing_and_one_that_fails(demo):
 
 def test_jupyterlab_shows_it_while_it_runs(pair):
     with viewing() as kernel:
-        kernel.run("import time\nfrom celery import Celery\nfrom course_tasks.classroom import Canvas")
+        kernel.run("import time\nfrom celery import Celery\nfrom course_tasks.classroom.canvas import Canvas")
         kernel.run("client = Celery()")
         block = "with Canvas(client) as canvas:\n    client.send_task('add', (4, 5))\n    time.sleep(1)\n"
         kernel.in_cell(block + "canvas", "a-cell")

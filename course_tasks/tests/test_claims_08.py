@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import sqlite3
 from unittest import mock
 
@@ -11,12 +10,10 @@ from celery import Celery
 from celery.exceptions import Retry
 from redis.exceptions import LockNotOwnedError
 
-from course_tasks.tests.plugin import stands, until
+from course_tasks.tests.plugin import node_stats, stands, until
 
 FRAGILE = """
-import json
 import os
-import signal
 import time
 from celery import Celery
 from redis import Redis
@@ -67,9 +64,7 @@ def counted(project, result) -> dict[str, int]:
 
 def kill_child(client: Celery) -> None:
     """Kill the child process of the worker."""
-    node = f"w@{socket.gethostname()}"
-    stats = until(lambda: client.control.inspect([node], timeout=5, limit=1).stats(), "the worker answers")
-    os.kill(stats[node]["pool"]["processes"][0], signal.SIGKILL)
+    os.kill(node_stats(client, "w")["pool"]["processes"][0], signal.SIGKILL)
 
 
 # --- 08 ------------------------------------------------------------------------------------------------------

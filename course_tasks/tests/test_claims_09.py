@@ -8,7 +8,7 @@ import pytest
 from celery import chain, chord, group
 from celery.result import GroupResult
 
-from course_tasks.tests.plugin import logged, stands, until
+from course_tasks.tests.plugin import logged, node_stats, stands, until
 
 # --- 09 ------------------------------------------------------------------------------------------------------
 
@@ -217,18 +217,16 @@ def test_a_worker_forgets_revoked_ids_when_it_is_restarted(project):
     worker = "celery -A press worker --pool=solo -n {}@%h --without-mingle --without-gossip"
     project.worker(worker.format("one"))
     client = project.client()
-    stats = until(client.control.inspect(timeout=5, limit=1).stats, "the worker answers")
+    pid = node_stats(client, "one")["pid"]
     client.control.revoke("cancelled", reply=True, timeout=10, limit=1)
     client.control.shutdown()
-    until(lambda: not psutil.pid_exists(*[stat["pid"] for stat in stats.values()]), "the worker ends")
+    until(lambda: not psutil.pid_exists(pid), "the worker ends")
     project.worker(worker.format("two"))
     client.send_task("ok", task_id="cancelled")
     logged(project, "Task ok[cancelled] succeeded")
 
 
 PRESS = """
-import os
-import time
 from celery import Celery
 app = Celery("press")
 @app.task(name="fail")
@@ -237,14 +235,6 @@ def fail():
 @app.task(name="ok")
 def ok():
     return "ok"
-@app.task(name="wait")
-def wait():
-    while not os.path.exists("go"):
-        time.sleep(0.05)
-    return "ok"
-@app.task(name="collect")
-def collect(parts):
-    return parts
 @app.task(name="complain")
 def complain(request, error, traceback):
     where = request.hostname.partition("@")[0]
