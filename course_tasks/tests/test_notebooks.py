@@ -141,7 +141,7 @@ def test_the_client_of_chapter_01_waits_as_long_as_it_says_if_nobody_answers(pai
     """redis-py itself would give up after 5 s, with an error."""
     source = {cell.id: cell.source for cell in cells(kernels.NOTEBOOKS / "01_broker.ipynb", "code")}
     ask = source["toy-answer"].splitlines()[-1].replace("timeout=10", "timeout=6")
-    code = f"{source['own']}\nstart = time.monotonic()\nprint({ask}, time.monotonic() - start >= 6)"
+    code = f"import time\n{source['own']}\nstart = time.monotonic()\nprint({ask}, time.monotonic() - start >= 6)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert re.fullmatch(r"(\{'answer': )?None\}? True\n", said.stdout), said.stderr
 
