@@ -1841,7 +1841,7 @@ class Pool:
         """Whether two tasks use more than one processor, however busy the machine is."""
         if os.cpu_count() == 1:
             return ANY
-        return "yes" if speedup(self.run(task, 0.4, count=2), delays=False) > 1.4 else "no"
+        return "yes" if speedup(self.run(task, 1.5, count=2), delays=False) > 1.4 else "no"
 
     def grows(self) -> str:
         """What --autoscale does. The first worker is stopped for it."""
