@@ -64,6 +64,12 @@ def late(self, seconds):
 def again(self, seconds):
     work(self, seconds)
 
+@app.task(
+    name="late again", bind=True, acks_late=True, retry_on_worker_lost=True, max_retries=2, default_retry_delay=0.1
+)
+def late_again(self, seconds):
+    work(self, seconds)
+
 @app.task(name="parked", bind=True, base=Parking, autoretry_for=(ValueError,), max_retries=1, default_retry_delay=0)
 def parked(self, seconds):
     work(self, seconds)
@@ -117,10 +123,11 @@ def test_the_defaults_of_delivery():
     assert not app.Task.retry_on_worker_lost and not app.Task.reject_on_worker_lost
 
 
-def test_retry_on_worker_lost_works_for_early_tasks_and_counts(project):
+@pytest.mark.parametrize("name", ["again", "late again"])
+def test_retry_on_worker_lost_works_for_early_tasks_too_and_counts(project, name):
     stands("08", "It also works for tasks that are acknowledged early.", "and it counts the attempts")
     client = start(project)
-    result = client.send_task("again", args=(60,))
+    result = client.send_task(name, args=(None,))
     for attempt in (1, 2, 3):
         until(lambda: counted(project, result).get("starts") == attempt, f"attempt {attempt}")  # noqa: B023
         kill_child(client)
