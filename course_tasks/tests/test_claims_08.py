@@ -1,8 +1,11 @@
 """Claims of chapters 08 to 08c that no cell proves: see test_claims.py."""
 
+import functools
+import json
 import os
 import signal
 import sqlite3
+from datetime import UTC, datetime
 from unittest import mock
 
 import pytest
@@ -10,7 +13,7 @@ from celery import Celery
 from celery.exceptions import Retry
 from redis.exceptions import LockNotOwnedError
 
-from course_tasks.tests.plugin import node_stats, stands, until
+from course_tasks.tests.plugin import logged, node_stats, stands, until
 
 FRAGILE = """
 import os
@@ -27,8 +30,31 @@ class Parking(app.Task):
 
 def work(task, seconds):
     store.hincrby(task.request.id, "starts", 1)
-    time.sleep(seconds)
+    store.rpush("redelivered", str(task.request.delivery_info["redelivered"]))
+    while seconds is None and not store.exists("go"):  # held until somebody sets the key
+        time.sleep(0.05)
+    time.sleep(seconds or 0)
     store.hincrby(task.request.id, "ends", 1)
+
+@app.task(name="early", bind=True)
+def early(self, seconds):
+    work(self, seconds)
+
+@app.task(name="reject", bind=True, acks_late=True, reject_on_worker_lost=True)
+def reject(self, seconds):
+    work(self, seconds)
+
+@app.task(name="someday", bind=True, retry_on_worker_lost=True)
+def someday(self, seconds):
+    work(self, seconds)
+
+@app.task(name="patient", bind=True, max_retries=1)
+def patient(self, countdown):
+    work(self, 0)
+    try:
+        raise ConnectionError("the bank is closed")
+    except ConnectionError:
+        raise self.retry(countdown=countdown)
 
 @app.task(name="late", bind=True, acks_late=True)
 def late(self, seconds):
@@ -38,23 +64,42 @@ def late(self, seconds):
 def again(self, seconds):
     work(self, seconds)
 
-@app.task(name="parked", bind=True, base=Parking)
+@app.task(
+    name="late again", bind=True, acks_late=True, retry_on_worker_lost=True, max_retries=2, default_retry_delay=0.1
+)
+def late_again(self, seconds):
+    work(self, seconds)
+
+@app.task(name="parked", bind=True, base=Parking, autoretry_for=(ValueError,), max_retries=1, default_retry_delay=0)
 def parked(self, seconds):
     work(self, seconds)
-    raise ValueError("it fails")
+    if not store.exists("repaired"):
+        raise ValueError("it fails")
 
 @app.task(name="slow", bind=True, soft_time_limit=1, autoretry_for=(Exception,), max_retries=1, default_retry_delay=0)
 def slow(self):
     work(self, 3)
 """
-FRAGILE_WORKER = "celery -A fragile worker --concurrency=1 -n w@%h --without-mingle --without-gossip"
+FRAGILE_WORKER = "celery -A fragile worker -n w@%h --without-mingle --without-gossip"
+FAST = """broker_transport_options={
+    "visibility_timeout": 2, "unacked_restore_interval": 1, "unacked_restore_throttle": 1}"""
 
 
-def start(project, settings: str = "") -> Celery:
-    """Start a prefork worker with one child for the tasks above, and return a client."""
+def start(project, settings: str = "", options: str = "--concurrency=1") -> Celery:
+    """Start a prefork worker for the tasks above, and return a client."""
     (project.folder / "fragile.py").write_text(FRAGILE.replace("SETTINGS", settings))
-    project.worker(FRAGILE_WORKER)
+    project.worker(f"{FRAGILE_WORKER} {options}")
     return project.client()
+
+
+def seconds_left(project) -> float:
+    """How long the first message with an eta that a worker keeps still has to wait."""
+
+    def etas() -> list[str]:
+        headers = [json.loads(copy)[0]["headers"] for copy in project.broker.hvals("unacked")]
+        return [each["eta"] for each in headers if each["eta"]]
+
+    return (datetime.fromisoformat(until(etas, "a worker keeps it")[0]) - datetime.now(UTC)).total_seconds()
 
 
 def counted(project, result) -> dict[str, int]:
@@ -78,10 +123,11 @@ def test_the_defaults_of_delivery():
     assert not app.Task.retry_on_worker_lost and not app.Task.reject_on_worker_lost
 
 
-def test_retry_on_worker_lost_works_for_early_tasks_and_counts(project):
+@pytest.mark.parametrize("name", ["again", "late again"])
+def test_retry_on_worker_lost_works_for_early_tasks_too_and_counts(project, name):
     stands("08", "It also works for tasks that are acknowledged early.", "and it counts the attempts")
     client = start(project)
-    result = client.send_task("again", args=(60,))
+    result = client.send_task(name, args=(None,))
     for attempt in (1, 2, 3):
         until(lambda: counted(project, result).get("starts") == attempt, f"attempt {attempt}")  # noqa: B023
         kill_child(client)
@@ -89,21 +135,95 @@ def test_retry_on_worker_lost_works_for_early_tasks_and_counts(project):
     assert (type(error).__name__, counted(project, result)) == ("WorkerLostError", {"starts": 3})
 
 
+def test_the_message_of_a_dead_child_is_acknowledged(project):
+    stands("08", "the main process acknowledges the message of its dead child")
+    stands("08", "the main process stored `FAILURE` with `WorkerLostError`")
+    client = start(project)
+    result = client.send_task("late", args=(None,))
+    until(lambda: counted(project, result), "the task starts")
+    kill_child(client)
+    assert type(result.get(timeout=30, propagate=False)).__name__ == "WorkerLostError"
+    until(lambda: not project.broker.exists("celery", "unacked"), "no message is left")
+    assert counted(project, result) == {"starts": 1}
+
+
+def test_retry_on_worker_lost_waits_before_it_tries_again(project):
+    stands("08", "`retry_on_worker_lost` sends a new message after `default_retry_delay` (three minutes by default)")
+    client = start(project)
+    result = client.send_task("someday", args=(None,))
+    until(lambda: counted(project, result), "the task starts")
+    kill_child(client)
+    until(lambda: result.state == "RETRY", "the worker has seen it")
+    assert 60 < seconds_left(project) <= 180
+
+
+def test_the_second_start_of_a_message_says_that_it_was_redelivered(project):
+    stands("08", "From the second start on, `redelivered` is true.")
+    client = start(project)
+    result = client.send_task("reject", args=(None,))
+    for starts in (1, 2, 3):
+        until(lambda: counted(project, result).get("starts") == starts, f"start {starts}")  # noqa: B023
+        if starts < 3:
+            kill_child(client)
+    until(lambda: project.backend.llen("redelivered") == 3, "the third start")
+    assert project.backend.lrange("redelivered", 0, -1) == [b"False", b"True", b"True"]
+
+
+def break_connection(project) -> None:
+    """Close the connection on which the worker waits for messages."""
+    [waiting] = until(
+        lambda: [each for each in project.broker.client_list() if each["cmd"] == "brpop"], "the worker waits"
+    )
+    project.broker.client_kill(waiting["addr"])
+
+
+def test_after_a_broken_connection_a_late_task_runs_next_to_itself(project):
+    stands(
+        "08",
+        "the second run began before the first was over",
+        "it puts the messages that it has not acknowledged back into the queue",
+        "plays no part in this. The early task was already acknowledged, so it ran once.",
+    )
+    client = start(project, options="--concurrency=3")
+    early, late = (client.send_task(name, args=(None,)) for name in ("early", "late"))
+    until(lambda: counted(project, early) and counted(project, late), "both start")
+    break_connection(project)
+    until(lambda: counted(project, late) == {"starts": 2}, "the late one starts next to itself")
+    project.backend.set("go", 1)
+    until(lambda: counted(project, late) == {"starts": 2, "ends": 2}, "both runs end")
+    until(lambda: not project.broker.exists("celery", "unacked"), "no message is left")
+    assert counted(project, early) == {"starts": 1, "ends": 1}
+
+
 def test_a_late_task_is_killed_if_the_setting_says_so_when_the_connection_breaks(project):
     stands(
         "08",
+        "the worker kills its late tasks when the connection breaks",
         "Each of them is still started twice then, but finished only once.",
-        "it puts the messages that it has not acknowledged back into the queue",
     )
-    client = start(project, "worker_cancel_long_running_tasks_on_connection_loss=True")
-    result = client.send_task("late", args=(2,))
-    until(lambda: counted(project, result), "the task starts")
-    for connection in project.broker.client_list():
-        if connection["cmd"] == "brpop":
-            project.broker.client_kill(connection["addr"])
-    until(lambda: counted(project, result).get("ends"), "a run ends")
-    until(lambda: not project.broker.exists("celery", "unacked"), "no message is left")
-    assert counted(project, result) == {"starts": 2, "ends": 1}
+    client = start(project, "worker_cancel_long_running_tasks_on_connection_loss=True", options="--concurrency=3")
+    early, late = (client.send_task(name, args=(None,)) for name in ("early", "late"))
+    until(lambda: counted(project, early) and counted(project, late), "both start")
+    break_connection(project)
+    until(lambda: counted(project, late) == {"starts": 2}, "the late one starts again")
+    project.backend.set("go", 1)
+    until(lambda: early.ready() and not project.broker.exists("celery", "unacked"), "no message is left")
+    assert counted(project, late) == {"starts": 2, "ends": 1}
+    assert counted(project, early) == {"starts": 1, "ends": 1}
+
+
+@pytest.mark.parametrize(("options", "taken"), [("", 4), ("--prefetch-multiplier=1", 1)])
+def test_how_many_late_tasks_a_worker_with_one_child_holds(project, options, taken):
+    stands(
+        "08",
+        "A worker with one child takes four messages by default",
+        "With `--prefetch-multiplier=1` and late acknowledgement, a worker with one child takes no message ahead:",
+    )
+    client = start(project, options=f"--concurrency=1 {options}")
+    results = [client.send_task("late", args=(None,)) for _ in range(6)]
+    until(lambda: project.broker.hlen("unacked") == taken, "the worker takes messages")
+    until(lambda: any(counted(project, each) for each in results), "one starts")
+    assert (project.broker.hlen("unacked"), project.broker.llen("celery")) == (taken, 6 - taken)
 
 
 # --- 08b -----------------------------------------------------------------------------------------------------
@@ -148,7 +268,7 @@ def test_the_defaults_of_retries():
 
 
 def test_a_part_of_the_exceptions_can_be_left_out():
-    stands("08b", "`autoretry_for=(OSError,)` with `dont_autoretry_for=(FileNotFoundError,)` leaves out a part")
+    stands("08b", "`dont_autoretry_for=(FileNotFoundError,)`, every `OSError` is retried, except for a missing file.")
     app, calls = Celery(set_as_current=False), []
 
     @app.task(autoretry_for=(OSError,), dont_autoretry_for=(FileNotFoundError,), max_retries=1)
@@ -172,7 +292,7 @@ def test_autoretry_for_every_exception_retries_what_was_too_slow(project):
 def test_on_failure_is_not_called_if_the_process_is_killed(project):
     stands("08b", "`on_failure` runs inside the worker's process, so it is not called if that process is killed.")
     client = start(project)
-    killed = client.send_task("parked", args=(60,))
+    killed = client.send_task("parked", args=(None,))
     until(lambda: counted(project, killed), "the task starts")
     kill_child(client)
     assert type(killed.get(timeout=30, propagate=False)).__name__ == "WorkerLostError"
@@ -180,6 +300,56 @@ def test_on_failure_is_not_called_if_the_process_is_killed(project):
     failed.get(timeout=30, propagate=False)
     until(lambda: project.backend.exists("parked"), "the second one is parked")
     assert project.backend.lrange("parked", 0, -1) == [failed.id.encode()]
+    assert counted(project, failed)["starts"] == 2, "it was not parked before its retry"
+
+
+def test_a_task_that_is_sent_again_has_a_new_result_under_its_old_id(project):
+    stands("08b", "We give the new message the old id, so a client that asks for this id later gets the new result.")
+    client = start(project)
+    failed = client.send_task("parked", args=(0,))
+    failed.get(timeout=30, propagate=False)
+    project.backend.set("repaired", 1)
+    client.send_task("parked", args=(0,), task_id=failed.id)
+    asked = functools.partial(client.AsyncResult, failed.id)
+    until(lambda: asked().state == "SUCCESS", "the new result")
+
+
+def test_where_a_retry_waits_and_for_how_long(project):
+    stands(
+        "08b",
+        "`countdown` says how many seconds the next attempt waits",
+        "a waiting retry survives the death of its worker, even though the first attempt was acknowledged early",
+        "another worker puts it back after the visibility timeout",
+    )
+    client = start(project, FAST)
+    client.send_task("patient", args=(300,))
+    assert 200 < seconds_left(project) <= 300
+    project.backend.delete("redelivered")
+    result = client.send_task("patient", args=(20,))
+    until(lambda: project.broker.hlen("unacked") == 2, "both retries wait")
+    main = node_stats(client, "w")
+    for pid in (main["pid"], *main["pool"]["processes"]):
+        os.kill(pid, signal.SIGKILL)
+    assert counted(project, result) == {"starts": 1, "ends": 1}
+    project.worker(f"{FRAGILE_WORKER} --concurrency=1")
+    until(lambda: counted(project, result)["starts"] > 1, "the retry runs")
+
+
+def test_a_retry_that_waits_longer_than_the_visibility_timeout_runs_more_than_once(project):
+    stands("08b", "If the countdown is longer than the visibility timeout, the retry runs more than once")
+    client = start(project, FAST)
+    result = client.send_task("patient", args=(12,))
+    until(lambda: counted(project, result).get("starts", 0) > 2, "the retry runs twice")
+
+
+def test_without_exc_the_reason_is_in_the_traceback_only(project):
+    stands("08b", "the client gets `MaxRetriesExceededError`, and the reason is only in the traceback.")
+    client = start(project)
+    result = client.send_task("patient", args=(0,))
+    assert type(result.get(timeout=30, propagate=False)).__name__ == "MaxRetriesExceededError"
+    assert "the bank is closed" not in repr(result.result)
+    assert "the bank is closed" in result.traceback
+    logged(project, "the bank is closed")
 
 
 # --- 08c -----------------------------------------------------------------------------------------------------
@@ -196,6 +366,8 @@ def test_a_lock_belongs_to_its_owner_and_disappears_by_itself(project):
     until(lambda: second.acquire(blocking=False), "the lock disappears")
     with pytest.raises(LockNotOwnedError):
         first.release()
+    stands("08c", "Without a timeout, Eve's tasks would retry for ever.")
+    assert project.backend.lock("for ever").acquire() and project.backend.ttl("for ever") == -1
     assert 0 < project.backend.pttl("lock") <= 200 or not project.backend.exists("lock")
 
 
