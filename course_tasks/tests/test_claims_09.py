@@ -106,7 +106,7 @@ def test_each_message_of_a_chain_carries_what_is_left(till):
 def test_what_a_client_sends_of_a_canvas_and_which_parents_its_result_has(till):
     stands(
         "09",
-        "The client has sent only one message for this one.",
+        "For this canvas, the client has sent only one message.",
         "The message for `price` contains everything that comes after it, the group and the body as well.",
         "Celery 5.7 makes the header the parent of the *last* result.",
         "write the same canvas as `chain(header, total.s(), tax.s(20))`. Its tree is complete.",
@@ -156,6 +156,7 @@ def test_a_chord_that_has_lost_its_keys_never_starts_its_body(till):
         "If the backend loses these keys, the body never starts.",
         "Until then there is no message for the body anywhere.",
     )
+    stands("09b", "The same happens if the backend loses the chord's keys.")
     client = till.client()
     till.worker(WORKER)
     header = [call(client, "price", "milk"), call(client, "price", "bread", 1)]
@@ -201,7 +202,7 @@ def test_the_worker_that_finds_an_error_runs_the_error_callback_with_three_argum
     stands(
         "09b",
         "It is called with the request of the failed task, its exception, and the traceback.",
-        "This happens inside the worker that found the error.",
+        "The worker that found the error makes this call itself.",
     )
     (project.folder / "press.py").write_text(PRESS)
     project.worker("celery -A press worker --pool=threads -c 1 -n press@%h --without-mingle --without-gossip")
@@ -212,7 +213,10 @@ def test_the_worker_that_finds_an_error_runs_the_error_callback_with_three_argum
 
 
 def test_a_worker_forgets_revoked_ids_when_it_is_restarted(project):
-    stands("09b", "so a chain that you cancel is forgotten if all workers are restarted before it goes on")
+    stands(
+        "09b",
+        "If all of them are restarted before the chain goes on, they have forgotten that it was cancelled.",
+    )
     (project.folder / "press.py").write_text(PRESS)
     worker = "celery -A press worker --pool=solo -n {}@%h --without-mingle --without-gossip"
     project.worker(worker.format("one"))
