@@ -71,7 +71,7 @@ def _books(folder: str) -> str | None:
                 return f"`python order.py {' '.join(texts)}` prints {printed!r}, and not {wanted!r}."
             log = project.log()
             if log.count("Task page[") < 2 * sum(map(len, BOOKS[:count])):  # received, and succeeded
-                return "not every page was set by the worker."
+                return "not every page was printed by the worker."
             if log.count("Task bind[") < 2 * count:
                 return "the book was not bound by the worker."
     return None
@@ -137,7 +137,7 @@ EXERCISES = {
         project="scratch/books",
         wrong={
             ORDER.format("print(chain(group(*pages), bind.s())().get(timeout=10))"): "prints 'O+N+E'",
-            ORDER.format("print('+'.join(texts).upper())"): "not every page was set",
+            ORDER.format("print('+'.join(texts).upper())"): "not every page was printed",
             ORDER.format("print('+'.join(group(pages)().get(timeout=10)))"): "the book was not bound",
             ORDER.format("print(chord(group(group(pages), page.s('x')), bind.s())().get(timeout=10))"): "ONE+X",
             ORDER.format("print(chord(pages, bind())().get(timeout=10))"): "ended with an error",

@@ -68,7 +68,9 @@ def _entry(answer: dict[str, Any]) -> str | None:
         return "its messages never expire, so all old reports run after a break."
     if isinstance(expires, bool) or not isinstance(expires, int | float):
         return "its expires isn't a number of seconds."
-    if not 0 < expires <= 600:
+    if expires == 600:
+        return "a report expires after 600 seconds, and beat may send the next one a moment before that. Choose less."
+    if not 0 < expires < 600:
         return f"a report expires {expires:g} seconds after it was sent, and the next one is sent after 600."
     return None
 
@@ -125,6 +127,7 @@ EXERCISES = {
             ENTRY.format(10, '{"queue": "reports", "expires": 9}'): "isn't every ten minutes",
             ENTRY.format(600, '{"expires": 590}'): "don't name the queue",
             ENTRY.format(600, '{"queue": "reports", "expires": 3600}'): "expires 3600 seconds",
+            ENTRY.format(600, '{"queue": "reports", "expires": timedelta(minutes=10)}'): "a moment before that",
             ENTRY.replace("report", "reports").format(600, "{}"): "its task isn't report",
         },
         right=(
@@ -172,5 +175,13 @@ QUIZ = {
             "0": "beat reads in its schedule file when it last sent the task, so it knows that the task is overdue.",
         },
         otherwise="answer with one number. Does beat make up for missed runs?",
+    ),
+    "10-4": Question(
+        right="b",
+        wrong={
+            "a": "the message doesn't say that the date is Berlin's. What does a worker make of a date without a zone?",
+            "c": "the worker would have to read the date as one that is past. It reads it as a later one.",
+            "d": "that setting plays no part, nor does the sender's. What does a worker make of a date without a zone?",
+        },
     ),
 }

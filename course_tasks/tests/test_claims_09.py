@@ -5,7 +5,8 @@ import time
 
 import psutil
 import pytest
-from celery import chain, chord, group
+from celery import Celery, chain, chord, group
+from celery.exceptions import TaskRevokedError
 from celery.result import GroupResult
 
 from course_tasks.tests.plugin import logged, node_stats, stands, until
@@ -106,7 +107,7 @@ def test_each_message_of_a_chain_carries_what_is_left(till):
 def test_what_a_client_sends_of_a_canvas_and_which_parents_its_result_has(till):
     stands(
         "09",
-        "The client has sent only one message for this one.",
+        "For this canvas, the client has sent only one message.",
         "The message for `price` contains everything that comes after it, the group and the body as well.",
         "Celery 5.7 makes the header the parent of the *last* result.",
         "write the same canvas as `chain(header, total.s(), tax.s(20))`. Its tree is complete.",
@@ -156,6 +157,7 @@ def test_a_chord_that_has_lost_its_keys_never_starts_its_body(till):
         "If the backend loses these keys, the body never starts.",
         "Until then there is no message for the body anywhere.",
     )
+    stands("09b", "The same happens if the backend loses the chord's keys.")
     client = till.client()
     till.worker(WORKER)
     header = [call(client, "price", "milk"), call(client, "price", "bread", 1)]
@@ -176,6 +178,7 @@ def test_one_exception_makes_a_whole_piece_fail_and_its_calls_run_in_one_slot(ti
         "If one call raises an exception, the whole piece has failed, and the results of its other calls are lost.",
         "Its calls run one after the other in one slot",
         "`celery.starmap`, a task that every worker has",
+        "And you get a list of lists.",
     )
     client = till.client()
 
@@ -192,6 +195,25 @@ def test_one_exception_makes_a_whole_piece_fail_and_its_calls_run_in_one_slot(ti
         float(line.rpartition(" in ")[2].partition("s:")[0]) for line in till.log().splitlines() if "succeeded" in line
     ]
     assert seconds[0] >= 0.6
+    assert price.chunks([("milk",), ("bread",), ("cheese",)], 2).delay().get(timeout=20) == [[4, 5], [6]]
+
+
+def test_the_results_between_are_in_the_backend_and_a_chord_needs_one(till):
+    stands(
+        "09",
+        "You can't reach the results between, although the backend has them.",
+        "A chord needs a backend that works",
+    )
+    client = till.client()
+    till.worker(WORKER)
+    header = group(call(client, "price", "milk"), call(client, "price", "bread"))
+    assert (header | call(client, "total") | call(client, "twice")).delay().get(timeout=20) == 18
+    stored = [json.loads(till.backend.get(key))["result"] for key in till.backend.keys("celery-task-meta-*")]
+    assert sorted(stored) == [4, 5, 9, 18]
+    with Celery(broker=till.environment["CELERY_BROKER_URL"], set_as_current=False) as bare:
+        bare.backend_cls = "disabled://"
+        with pytest.raises(NotImplementedError):
+            chord([call(bare, "price", "milk")], call(bare, "total"), app=bare).delay()
 
 
 # --- 09b -----------------------------------------------------------------------------------------------------
@@ -201,7 +223,7 @@ def test_the_worker_that_finds_an_error_runs_the_error_callback_with_three_argum
     stands(
         "09b",
         "It is called with the request of the failed task, its exception, and the traceback.",
-        "This happens inside the worker that found the error.",
+        "The worker that found the error makes this call itself.",
     )
     (project.folder / "press.py").write_text(PRESS)
     project.worker("celery -A press worker --pool=threads -c 1 -n press@%h --without-mingle --without-gossip")
@@ -212,7 +234,10 @@ def test_the_worker_that_finds_an_error_runs_the_error_callback_with_three_argum
 
 
 def test_a_worker_forgets_revoked_ids_when_it_is_restarted(project):
-    stands("09b", "so a chain that you cancel is forgotten if all workers are restarted before it goes on")
+    stands(
+        "09b",
+        "If all of them are restarted before the chain goes on, they have forgotten that it was cancelled.",
+    )
     (project.folder / "press.py").write_text(PRESS)
     worker = "celery -A press worker --pool=solo -n {}@%h --without-mingle --without-gossip"
     project.worker(worker.format("one"))
@@ -239,4 +264,158 @@ def ok():
 def complain(request, error, traceback):
     where = request.hostname.partition("@")[0]
     print(f"complaint: {request.task} {type(error).__name__} {type(traceback).__name__} {where}")
+"""
+
+
+@pytest.fixture
+def parts(project):
+    (project.folder / "parts.py").write_text(PARTS)
+    return project
+
+
+PARTS_WORKER = "celery -A parts worker --pool=threads -c {} --without-mingle --without-gossip"
+
+
+def test_a_group_goes_on_and_get_raises_an_error_while_another_call_still_runs(parts):
+    stands("09b", "A group goes on, and `get` raises an error as soon as it finds one")
+    client = parts.client()
+    parts.worker(PARTS_WORKER.format(2))
+    result = group([call(client, "held", "go"), call(client, "fail", "no")], app=client).delay()
+    with pytest.raises(ValueError, match="no"):
+        result.get(timeout=60)
+    assert not result.results[0].ready()
+    parts.broker.set("go", 1)
+    assert result.results[0].get(timeout=20) == "held"
+
+
+def test_an_error_callback_runs_once_wherever_the_chain_fails(parts):
+    stands(
+        "09b",
+        "It is called once for each of them. In the chain, the call is about the task that failed.",
+        "`on_error` adds a signature that runs when a part of the canvas fails.",
+    )
+    client = parts.client()
+    parts.worker(PARTS_WORKER.format(1))
+    note = call(client, "note")
+    links = [call(client, "ok"), call(client, "fail", "no", immutable=True), call(client, "ok")]
+    chain(*links, app=client).on_error(note).delay()
+    until(lambda: parts.broker.llen("notes"), "a note about the chain")
+    call(client, "ok").delay().get(timeout=20)  # it comes after all that the failed task's slot had to do
+    assert parts.broker.lrange("notes", 0, -1) == [b"fail ValueError"]
+    chord([call(client, "fail", "no"), call(client, "ok")], call(client, "join").on_error(note), app=client).delay()
+    until(lambda: parts.broker.llen("notes") >= 2, "a note about the chord")
+    call(client, "ok").delay().get(timeout=20)
+    assert parts.broker.lrange("notes", 0, -1) == [b"fail ValueError", b"join ChordError"]
+
+
+def test_header_tasks_that_are_acknowledged_late_come_back_after_a_crash(parts):
+    stands(
+        "09b",
+        "Give the header tasks `acks_late=True` and `reject_on_worker_lost=True`, so that they come back",
+        "header tasks may run twice",
+    )
+    client = parts.client()
+    parts.worker("celery -A parts worker --pool=prefork -c 1 --without-mingle --without-gossip")
+    result = chord([call(client, "dies_once"), call(client, "ok")], call(client, "join"), app=client).delay()
+    assert result.get(timeout=60) == "back+ok"
+    assert parts.broker.get("tries") == b"2"
+
+
+def test_revoke_stores_revoked_at_once_and_a_cancelled_link_is_discarded(parts):
+    stands(
+        "09b",
+        "The worker stored `REVOKED` for the other two at once, so a client that waits for the last task gets a "
+        "`TaskRevokedError`.",
+        "Then the second one was sent, and the worker discarded it",
+    )
+    client = parts.client()
+    parts.worker(PARTS_WORKER.format(1))
+    last = chain(call(client, "held", "go"), call(client, "ok"), call(client, "ok"), app=client).delay()
+    second = last.parent
+    until(lambda: parts.broker.exists("started"), "the first one runs")
+    for result in (last, second, second.parent):
+        result.revoke()
+    until(lambda: last.state == second.state == "REVOKED", "both are stored as revoked")
+    with pytest.raises(TaskRevokedError):
+        last.get(timeout=20)
+    parts.broker.set("go", 1)
+    logged(parts, f"Discarding revoked task: ok[{second.id}]")
+    assert second.parent.get(timeout=20) == "held"
+
+
+def test_two_tasks_of_a_frozen_signature_have_one_result(parts):
+    stands("09b", "Two tasks ran under one id, so there is only one result in the backend.")
+    client = parts.client()
+    parts.worker(PARTS_WORKER.format(1))
+    order = call(client, "ok")
+    order.freeze()
+    result, _ = order.apply_async(), order.apply_async()
+    until(lambda: parts.log().count(f"Task ok[{result.id}] succeeded") == 2, "both have run")
+    assert len(parts.backend.keys("celery-task-meta-*")) == 1
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "gevent"])
+def test_which_pools_obey_a_revoke_of_a_task_that_waits_for_a_free_slot(parts, pool):
+    stands(
+        "09b",
+        "Suppose you revoke a task that a worker has already taken, and that only waits for a free slot. Then a "
+        "prefork worker discards it, but with threads or gevent it runs nevertheless.",
+    )
+    client = parts.client()
+    parts.worker(PARTS_WORKER.format(1).replace("threads", pool))
+    call(client, "held", "go").delay()
+    until(lambda: parts.broker.exists("started"), "the slot is taken")
+    waiting = call(client, "ok").delay()
+    logged(parts, f"Task ok[{waiting.id}] received")
+    waiting.revoke()
+    logged(parts, "Tasks flagged as revoked")
+    parts.broker.set("go", 1)
+    end = "Discarding revoked task: ok[{}]" if pool == "prefork" else "Task ok[{}] succeeded"
+    logged(parts, end.format(waiting.id))
+
+
+def test_nothing_after_replace_runs(parts):
+    stands("09b", "| the lines after `replace` don't run |")
+    client = parts.client()
+    parts.worker(PARTS_WORKER.format(1))
+    assert call(client, "swap").delay().get(timeout=20) == "ok"
+    call(client, "ok").delay().get(timeout=20)
+    assert not parts.broker.exists("after")
+
+
+PARTS = """
+import os
+import signal
+import time
+from celery import Celery
+from redis import Redis
+app = Celery("parts")
+broker = Redis.from_url(os.environ["CELERY_BROKER_URL"])
+@app.task(name="ok")
+def ok(*_):
+    return "ok"
+@app.task(name="fail")
+def fail(text):
+    raise ValueError(text)
+@app.task(name="join")
+def join(texts):
+    return "+".join(texts)
+@app.task(name="note")
+def note(request, error, traceback):
+    broker.rpush("notes", f"{request.task} {type(error).__name__}")
+@app.task(name="held")
+def held(key):
+    broker.set("started", 1)
+    while not broker.exists(key):
+        time.sleep(0.02)
+    return "held"
+@app.task(name="dies_once", acks_late=True, reject_on_worker_lost=True)
+def dies_once():
+    if broker.incr("tries") == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "back"
+@app.task(name="swap", bind=True)
+def swap(self):
+    self.replace(ok.s())
+    broker.set("after", 1)
 """

@@ -1,11 +1,21 @@
 """Claims of chapters 10 and on that no cell proves: see test_claims.py."""
 
+import json
+import os
+import re
 import shelve
+import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime, timedelta
+from zoneinfo import ZoneInfo
 
-from course_tasks.tests.plugin import logged, stands, until
+import pytest
+from celery import Celery
+from celery.schedules import crontab, schedule
+
+from course_tasks.tests.plugin import logged, node_stats, stands, until
 
 CLOCK = """
 from celery import Celery
@@ -22,16 +32,22 @@ def clock(project, seconds: float = 1) -> None:
     (project.folder / "clock.py").write_text(CLOCK % seconds)
 
 
-def beat(project, *options: str) -> subprocess.Popen:
-    """Start a beat of the project."""
-    command = [sys.executable, "-m", "celery", "-A", "clock", "beat", *options]
-    return subprocess.Popen(command, cwd=project.folder, env=project.environment, stderr=subprocess.PIPE, text=True)
+def beat(project, *options: str, app: str = "clock") -> subprocess.Popen:
+    """Start a beat of the project. It writes to beat.log, together with the others."""
+    command = [sys.executable, "-m", "celery", "-A", app, "beat", "--loglevel=INFO", *options]
+    with (project.folder / "beat.log").open("a") as log:
+        return subprocess.Popen(command, cwd=project.folder, env=project.environment, stderr=log)
 
 
 def ended(process: subprocess.Popen) -> None:
     """Stop a beat, and wait for its end."""
     process.terminate()
-    process.communicate(timeout=20)
+    process.wait(20)
+
+
+def senders(project) -> set[int]:
+    """The processes that have sent the messages in the queue."""
+    return {int(re.search(rb'"origin": "gen(\d+)@', text)[1]) for text in project.broker.lrange("ticks", 0, -1)}
 
 
 def test_two_beats_with_one_schedule_file_both_send(project):
@@ -40,13 +56,11 @@ def test_two_beats_with_one_schedule_file_both_send(project):
     beats = [beat(project, "--schedule=shared"), beat(project, "--schedule=shared")]
     try:
         until(lambda: project.broker.llen("ticks") >= 8, "eight messages")
-        senders = {
-            message.split(b'"origin": "gen')[1].split(b"@")[0] for message in project.broker.lrange("ticks", 0, -1)
-        }
+        found = senders(project)
     finally:
         for each in beats:
             ended(each)
-    assert senders == {str(each.pid).encode() for each in beats}
+    assert found == {each.pid for each in beats}
 
 
 def test_a_second_beat_with_the_same_pidfile_refuses_to_start(project):
@@ -57,7 +71,6 @@ def test_a_second_beat_with_the_same_pidfile_refuses_to_start(project):
         until((project.folder / "beat.pid").exists, "the pidfile")
         second = beat(project, "--pidfile=beat.pid", "--schedule=two")
         assert second.wait(30) == 73
-        second.communicate()
     finally:
         ended(first)
 
@@ -69,8 +82,6 @@ def test_beat_does_not_make_up_for_missed_runs(project):
     until(lambda: list(project.folder.glob("kept*")), "the schedule file")
     time.sleep(1)
     ended(ended_once)
-    from datetime import timedelta
-
     with shelve.open(str(project.folder / "kept"), writeback=True) as kept:
         kept["entries"]["tick"].last_run_at -= timedelta(hours=1)
     project.broker.delete("ticks")
@@ -91,5 +102,147 @@ def test_each_worker_with_b_is_a_beat_of_its_own(project):
     until(lambda: project.log().count("beat: Starting...") == 2, "two beats")
     logged(project, "Sending due task tick")
     until(lambda: project.broker.llen("ticks") >= 8, "eight messages")
-    messages = project.broker.lrange("ticks", 0, -1)
-    assert len({message.split(b'"origin": "gen')[1].split(b"@")[0] for message in messages}) == 2
+    assert len(senders(project)) == 2
+
+
+def test_a_worker_with_gevent_refuses_b(project):
+    stands("10", "A worker with gevent or eventlet refuses it.")
+    clock(project)
+    command = [sys.executable, "-m", "celery", "-A", "clock", "worker", "-B", "--pool=gevent"]
+    ended = subprocess.run(
+        command, cwd=project.folder, env=project.environment, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode and "-B option doesn't work with eventlet/gevent pools" in ended.stdout + ended.stderr
+    assert not project.broker.exists("ticks")
+
+
+RED = """
+import os
+from clock import app
+app.conf.beat_scheduler = "redbeat.RedBeatScheduler"
+app.conf.redbeat_redis_url = os.environ["CELERY_BROKER_URL"]
+app.conf.redbeat_lock_timeout = 60
+app.conf.beat_max_loop_interval = 1
+"""
+
+
+def test_a_standby_is_silent_until_the_leader_s_lock_is_gone(project):
+    stands(
+        "10",
+        "only the one with the lock, the **leader**, sends. The others wait in silence.",
+        "so the other beat has to wait until the lock expires",
+    )
+    clock(project, 0.5)
+    (project.folder / "red.py").write_text(RED)
+    leader = beat(project, app="red")
+    beats = [leader]
+    try:
+        until(lambda: project.broker.llen("ticks"), "the leader sends")
+        beats.append(standby := beat(project, app="red"))
+        until(
+            lambda: (project.folder / "beat.log").read_text().count("beat: Starting...") == 2, "the other beat starts"
+        )
+        count = project.broker.llen("ticks")
+        until(lambda: project.broker.llen("ticks") >= count + 10, "the leader has sent ten more")
+        assert senders(project) == {leader.pid}
+        leader.send_signal(signal.SIGKILL)
+        leader.wait(20)
+        count = project.broker.llen("ticks")
+        assert 0 < project.broker.ttl("redbeat::lock") <= 60
+        time.sleep(2)
+        assert project.broker.llen("ticks") == count
+        project.broker.delete("redbeat::lock")
+        until(lambda: standby.pid in senders(project), "the other beat takes over")
+    finally:
+        for each in beats:
+            ended(each)
+
+
+LATER = """
+from celery import Celery
+app = Celery("later")
+app.conf.timezone = "Asia/Tokyo"
+app.conf.enable_utc = {}
+@app.task(name="remind")
+def remind():
+    pass
+"""
+
+
+@pytest.mark.parametrize("enable_utc", [True, False])
+def test_a_worker_runs_a_naive_date_as_utc_whatever_the_settings_are(project, enable_utc):
+    stands(
+        "10",
+        "A worker reads a date without a time zone as UTC, and not in its own zone",
+        "Celery sends a naive date as it is, and neither the worker's `timezone` nor yours plays a part.",
+    )
+    (project.folder / "later.py").write_text(LATER.format(enable_utc))
+    project.environment["TZ"] = "America/New_York"
+    project.worker("celery -A later worker --pool=threads -c 1 -n later@%h --without-mingle --without-gossip")
+    client = project.client()
+    client.conf.timezone, client.conf.enable_utc = "Asia/Tokyo", enable_utc
+    now = datetime.now(UTC).replace(tzinfo=None)
+    client.send_task("remind", eta=now - timedelta(hours=1)).get(timeout=20)  # in New York, this is still to come
+    client.send_task("remind", eta=now + timedelta(hours=1))  # in Tokyo, this is past
+    client.send_task("remind").get(timeout=20)
+    assert project.broker.hlen("unacked") == 1
+    client.send_task("remind", queue="look", eta=datetime(2100, 1, 1, 12))
+    assert json.loads(project.broker.lpop("look"))["headers"]["eta"] == "2100-01-01T12:00:00"
+
+
+def test_a_worker_lists_a_thousand_waiting_tasks_and_puts_each_back_when_it_is_stopped(project):
+    stands(
+        "10",
+        "`celery inspect scheduled` lists them all.",
+        "but it moves a thousand messages, with several Redis commands for each.",
+    )
+    (project.folder / "later.py").write_text(LATER.format(True))
+    project.worker("celery -A later worker --pool=prefork -c 1 -n later@%h --without-mingle --without-gossip")
+    client = project.client()
+    sent = {client.send_task("remind", countdown=3000).id for _ in range(1000)}
+    until(lambda: project.broker.hlen("unacked") == 1000, "the worker holds them all")
+    pid = node_stats(client, "later")["pid"]
+    [[tasks]] = [reply.values() for reply in client.control.broadcast("scheduled", reply=True, timeout=60, limit=1)]
+    assert {task["request"]["id"] for task in tasks} == sent
+
+    def commands() -> int:
+        return sum(each["calls"] for each in project.broker.info("commandstats").values())
+
+    before = commands()
+    os.kill(pid, signal.SIGTERM)
+    until(lambda: project.broker.llen("celery") == 1000, "all are in the queue again")
+    assert 3000 < commands() - before < 12_000
+
+
+def test_messages_with_a_countdown_stay_unacked_when_their_worker_is_killed(project):
+    stands("10", "After `kill -9`, they stay in `unacked` until the visibility timeout.")
+    (project.folder / "later.py").write_text(LATER.format(True))
+    project.worker("celery -A later worker --pool=solo -n later@%h --without-mingle --without-gossip")
+    client = project.client()
+    for _ in range(3):
+        client.send_task("remind", countdown=3000)
+    until(lambda: project.broker.hlen("unacked") == 3, "the worker holds them all")
+    os.kill(node_stats(client, "later")["pid"], signal.SIGKILL)
+    project.worker("celery -A later worker --pool=solo -n next@%h --without-mingle --without-gossip")
+    client.send_task("remind").get(timeout=20)
+    assert project.broker.hlen("unacked") == 3
+
+
+def test_an_interval_and_the_default_zone_take_no_notice_of_a_clock_change():
+    stands("10", "or take an interval in seconds", "By default, the hours are in UTC.")
+
+    def runs(rule, hours: int = 6) -> list[str]:
+        now = last = datetime(2026, 10, 25, 0, 30, tzinfo=ZoneInfo("Europe/Berlin")).astimezone(UTC)
+        found, end = [], now + timedelta(hours=hours)
+        rule.nowfun = lambda: now.astimezone(rule.app.timezone)
+        while now < end:
+            now += timedelta(minutes=1)
+            if rule.is_due(last.astimezone(rule.app.timezone)).is_due:
+                found.append(f"{now:%H:%M}")
+                last = now
+        return found
+
+    berlin, plain = Celery(set_as_current=False), Celery(set_as_current=False)
+    berlin.conf.timezone = "Europe/Berlin"
+    assert len(runs(schedule(3600, app=berlin))) == 6
+    assert runs(crontab(hour=2, minute=30, app=plain)) == ["02:30"]
