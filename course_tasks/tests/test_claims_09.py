@@ -343,6 +343,21 @@ def test_revoke_stores_revoked_at_once_and_a_cancelled_link_is_discarded(parts):
     assert second.parent.get(timeout=20) == "held"
 
 
+def test_nobody_stores_anything_behind_a_revoked_head(parts):
+    stands(
+        "09b",
+        "If you revoke the first task of a chain before it runs, the others are never sent. But unlike after a "
+        "failure, nobody stores anything for them.",
+    )
+    client = parts.client()
+    parts.worker(PARTS_WORKER.format(1))
+    last = chain(call(client, "ok", countdown=1), call(client, "ok"), call(client, "ok"), app=client).delay()
+    last.parent.parent.revoke()
+    logged(parts, f"Discarding revoked task: ok[{last.parent.parent.id}]")
+    call(client, "ok").delay().get(timeout=20)
+    assert last.parent.state == last.state == "PENDING"
+
+
 def test_two_tasks_of_a_frozen_signature_have_one_result(parts):
     stands("09b", "Two tasks ran under one id, so there is only one result in the backend.")
     client = parts.client()
