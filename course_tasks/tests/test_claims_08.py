@@ -229,8 +229,8 @@ def test_how_many_late_tasks_a_worker_with_one_child_holds(project, options, tak
 # --- 08b -----------------------------------------------------------------------------------------------------
 
 
-def countdowns(**options) -> list:
-    """The waits that a task chooses after its first, second and third attempt, each tried often."""
+def countdowns(attempts: int = 3, **options) -> list:
+    """The waits that a task chooses after its first attempts, each tried often."""
     app = Celery(set_as_current=False)
 
     @app.task(autoretry_for=(OSError,), dont_autoretry_for=(FileNotFoundError,), **options)
@@ -238,7 +238,7 @@ def countdowns(**options) -> list:
         raise error
 
     waits: list[list] = []
-    for attempt in range(3):
+    for attempt in range(attempts):
         waits.append([])
         for _ in range(60):
             fail.push_request(retries=attempt, called_directly=False)
@@ -265,6 +265,9 @@ def test_the_defaults_of_retries():
     assert countdowns(retry_backoff=True, retry_jitter=False) == [{1}, {2}, {4}]
     assert countdowns(retry_backoff=601, retry_jitter=False) == [{600}] * 3
     assert countdowns() == [{None}] * 3
+    stands("08b", "The number in `retry_backoff` is the first wait.", "answer = [2, 4, 8, 16, 30, 30]")
+    waits = countdowns(6, retry_backoff=2, retry_backoff_max=30, retry_jitter=False)
+    assert waits == [{2}, {4}, {8}, {16}, {30}, {30}]
 
 
 def test_a_part_of_the_exceptions_can_be_left_out():
