@@ -30,6 +30,7 @@ from typing import Any
 from unittest.mock import ANY
 
 import anyio
+import asgi_correlation_id
 import celery.backends
 import celery.exceptions
 import httpx
@@ -40,7 +41,7 @@ import psutil
 import pytest
 from amqp.basic_message import Message
 from asgi_correlation_id import CorrelationIdMiddleware
-from celery import Celery, chord, concurrency, states
+from celery import Celery, chord, states
 from celery.app.control import Inspect
 from celery.app.task import Context, extract_exec_options
 from celery.app.utils import find_app
@@ -66,11 +67,15 @@ from kombu.transport import pyamqp, virtual
 from kombu.transport.base import to_rabbitmq_queue_arguments
 from kombu.transport.redis import Channel
 from kombu.utils.functional import fxrange
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 from redis import Redis
 from redis.connection import Connection
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError
 from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
 
 from course_tasks import copies, correlation
 from course_tasks.celery import app
@@ -2394,6 +2399,45 @@ def test_a_worker_is_silent_about_a_wrong_format_because_it_redirects_stderr(pro
         line_of(project, "--- Logging error ---")
 
 
+def test_with_setup_logging_what_a_task_prints_is_no_record(project):
+    stands("07c", "with `setup_logging`, what a task prints is not a record any more, so it has no id")
+    settings = f"""
+import logging
+from celery import signals
+def ours(**_):
+    logging.basicConfig(format="<%({HEADER})s> %(message)s", level="INFO")
+signals.setup_logging.connect(ours)
+@app.task(name="prints")
+def prints():
+    print("this was printed", flush=True)
+    logging.warning("this was logged")
+"""
+    ids_worker(project, "shop", settings=settings)
+    under(project, "shop", "prints")
+    assert line_of(project, "this was logged") == "<ada-7> this was logged"
+    assert line_of(project, "this was printed") == "this was printed"
+
+
+@pytest.mark.parametrize("id", ["ada-7", None])
+def test_a_chain_run_eagerly_has_its_caller_s_id_or_one_for_each_task(id):
+    stands("07c", "If you run a chain eagerly without an id, each of its tasks has an id of its own.")
+    code = f"""
+from celery import Celery, chain
+from course_tasks.correlation import correlation_id, install
+app = Celery("eager")
+install(app)
+@app.task
+def step():
+    return correlation_id.get()
+correlation_id.set({id!r})
+last = chain(step.si(), step.si(), step.si()).apply()
+results = last, last.parent, last.parent.parent
+print(*("own" if result.get() == result.id else result.get() for result in results))
+"""
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert said.stdout.split() == [id or "own"] * 3, said.stderr
+
+
 def test_a_header_with_a_name_of_celery_s_is_none_of_one_s_own():
     stands("07c", "Celery uses about fifty names itself", "such as `id`, `task`, `args`, `chord` and `hostname`")
     taken = {name for name in chapter_07b.taken() if not name.startswith("_")}
@@ -2430,6 +2474,7 @@ def test_how_an_id_gets_into_a_thread_and_into_a_greenlet(project):
         "for a greenlet: `gevent.spawn(copy_context().run, function)`",
         "for an asyncio task: nothing, because it starts with a copy anyway.",
         "everything that such a thread or greenlet logs has a `-`",
+        "In a gevent worker, Python's threads are greenlets.",
     )
     settings = """
 import asyncio, gevent, logging, threading
@@ -2443,6 +2488,7 @@ async def start():
 def helpers():
     threading.Thread(target=log, args=("a plain thread",)).start()
     threading.Thread(target=copy_context().run, args=(log, "a carried thread")).start()
+    threading.Thread(target=lambda: log("a thread is a gevent.%s", type(gevent.getcurrent()).__name__)).start()
     gevent.spawn(log, "a plain greenlet").join()
     gevent.spawn(copy_context().run, log, "a carried greenlet").join()
     asyncio.run(start())
@@ -2453,6 +2499,7 @@ def helpers():
     ids |= {"a plain greenlet": "-", "a plain thread": "-"}
     for text, id in ids.items():
         assert f" {id}] {text}" in line_of(project, text)
+    line_of(project, "a thread is a gevent.Greenlet")
 
 
 def test_two_threads_can_not_use_one_copy_of_a_context():
@@ -2599,8 +2646,99 @@ def test_what_the_library_keeps_by_default_and_with_a_validator_of_none():
     assert anyio.run(lambda: kept("ada-7] cancelled [", validator=None))
 
 
-def test_worker_process_init_is_sent_by_prefork_and_solo_only():
+def test_the_library_s_variable_has_the_same_name_and_the_request_s_id():
+    stands("07d", "Its own context variable is also called `correlation_id`.")
+    id, seen = "5f0c6e1f9a3b4c7d8e2f1a0b9c8d7e6f", []
+
+    async def look(scope, receive, send):
+        seen.append(asgi_correlation_id.correlation_id.get())
+        await PlainTextResponse("")(scope, receive, send)
+
+    async def ask():
+        transport = httpx.ASGITransport(CorrelationIdMiddleware(look))
+        async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
+            await client.get("/", headers={"X-Request-ID": id})
+
+    anyio.run(ask)
+    assert seen == [id] and asgi_correlation_id.correlation_id is not correlation_id
+
+
+def test_the_lines_in_the_middleware_make_the_trace_id_the_correlation_id():
+    stands("07d", "In a web service, these lines in the middleware make the trace id the correlation id:")
+    cell = next(cell for cell in cells(copies.chapters()["07d"], "markdown") if cell.id == "traced-text")
+    [lines] = re.findall(r"```python\n(.*?)```", cell.source, re.DOTALL)
+    tracer = TracerProvider().get_tracer("test")
+
+    def found() -> str | None:
+        exec(lines, {"trace": trace, "correlation_id": correlation_id})
+        return correlation_id.get()
+
+    assert copy_context().run(found) is None, "no span, no id"
+    with tracer.start_as_current_span("checkout") as span:
+        assert copy_context().run(found) == f"{span.get_span_context().trace_id:032x}"
+
+
+def test_an_instrumented_client_writes_the_trace_into_the_headers_by_itself(project):
+    stands(
+        "07d", "`inject` writes the trace into the headers of the message, as an instrumented client does by itself."
+    )
+    code = """
+from celery import Celery
+from opentelemetry.instrumentation.celery import CeleryInstrumentor
+from opentelemetry.sdk.trace import TracerProvider
+provider = TracerProvider()
+CeleryInstrumentor().instrument(tracer_provider=provider)
+app = Celery()
+@app.task(name="order")
+def order(): pass
+with provider.get_tracer("test").start_as_current_span("checkout") as span:
+    order.apply_async(queue="nobody", ignore_result=True)
+print(f"{span.get_span_context().trace_id:032x}")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=project.environment, capture_output=True, text=True, timeout=60
+    )
+    trace_id = done.stdout.strip()
+    headers = json.loads(project.broker.rpop("nobody"))["headers"]
+    assert headers["traceparent"].split("-")[1] == trace_id, done.stderr
+
+
+def test_a_batch_span_processor_sends_the_spans_in_a_thread_of_its_own():
+    stands("07d", "use `BatchSpanProcessor`. It sends the spans in a thread of its own, so the tasks don't wait.")
+    threads = {}
+
+    def exporter(name: str) -> SimpleNamespace:
+        def export(spans):
+            threads[name] = threading.current_thread()
+
+        return SimpleNamespace(export=export, shutdown=lambda: None)
+
+    provider = TracerProvider()
+    provider.add_span_processor(BatchSpanProcessor(exporter("batch"), schedule_delay_millis=10))
+    provider.add_span_processor(SimpleSpanProcessor(exporter("simple")))
+    with provider.get_tracer("test").start_as_current_span("checkout"):
+        pass
+    assert threads["simple"] is threading.current_thread()
+    until(lambda: "batch" in threads, "the spans are sent", seconds=20)
+    provider.shutdown()
+    assert threads["batch"] is not threading.current_thread()
+
+
+def test_worker_process_init_is_sent_by_prefork_and_solo_only(project):
     stands("07d", "Celery sends that signal only with prefork and solo.")
-    modules = Path(concurrency.__file__).parent.glob("*.py")
-    senders = {path.stem for path in modules if "process_init.send" in path.read_text()}
-    assert senders == {"prefork", "solo"}
+    settings = """
+from pathlib import Path
+from celery import signals
+signals.worker_process_init.connect(lambda **_: Path(f"{__name__}.born").touch(), weak=False)
+"""
+    pools = {
+        "prefork": "prefork -c 1",
+        "solo": "solo",
+        "threads": "threads",
+        "gevent": "gevent",
+        "eventlet": "eventlet",
+    }
+    for name, pool in pools.items():
+        ids_worker(project, f"{name}_shop", settings=settings, pool=pool)
+        line_of(project, f"pack[{under(project, f'{name}_shop', 'pack').id[:8]}]: packed")
+    assert {path.stem for path in project.folder.glob("*.born")} == {"prefork_shop", "solo_shop"}

@@ -318,6 +318,7 @@ def test_so_have_those_about_tasks_that_are_revoked_or_cancelled(folder):
         assert [id for id, message in said if "Discarding" in message] == ["later-1"]
         assert [id for id, message in said if message.endswith("revoked")] == ["later-1", "now-1"]
         assert [id for id, message in said if message.endswith("retry")] == ["cancelled-1"]
+        assert "step[later]: begins" not in shop.log.read_text(), "a revoked task does not run"
 
 
 LOST = "Task handler raised error: WorkerLostError"
@@ -394,6 +395,62 @@ def test_ids_of_tasks_that_a_client_made_up_stand_in_made_fit(shops):
     shop.logged(re.escape("Task nested[order:17/a] succeeded"))
     lines = [found for found, message in shop.lines() if "nested[order:17/a]" in message]
     assert len(lines) == 3 and set(lines) == {"order_17_a"}
+
+
+@pytest.mark.parametrize(
+    "task_id, id",
+    [("zoë 1", "zo__1"), ("x" * 70, "x" * 64), ("a\nb", "a_b"), (7, "7"), ("", "parent"), (None, "parent")],
+)
+def test_whatever_stands_in_is_short_and_fit_for_a_log(task_id, id):
+    """The first that there is: an empty one or none at all is passed over."""
+    assert correlation._id_of({}, None, task_id, "parent") == id
+    assert correlation._id_of(None, task_id, "parent") == id
+    assert correlation._id_of({HEADER: "a b"}, task_id, "parent") == id
+    assert correlation._id_of({HEADER: "ada-7"}, task_id, "parent") == "ada-7"
+    assert correlation._id_of({}, None, "") is None
+
+
+def test_a_request_s_methods_run_under_its_id_and_answer_as_before():
+    """All six, whatever is current meanwhile, which is current again afterwards, also after an error."""
+    code = """
+from celery.worker.request import Request
+METHODS = ("on_accepted", "on_timeout", "on_failure", "revoked", "terminate", "cancel")
+def spy(name):
+    def method(self, fails=False, *, by=""):
+        if fails:
+            raise LookupError
+        return name, by, correlation_id.get()
+    return method
+for name in METHODS:
+    setattr(Request, name, spy(name))
+from course_tasks.correlation import CorrelatedRequest, correlation_id
+request = CorrelatedRequest.__new__(CorrelatedRequest)
+request.correlation = "ada-7"
+correlation_id.set("ben-8")
+for name in METHODS:
+    assert getattr(request, name)(by="us") == (name, "us", "ada-7"), name
+    assert correlation_id.get() == "ben-8", name
+    try:
+        getattr(request, name)(True)
+    except LookupError:
+        print(correlation_id.get(), end=" ")
+"""
+    assert python(code) == " ".join(["ben-8"] * 6)
+
+
+def test_the_formats_show_the_time_the_level_the_id_and_eight_letters_of_the_task_s():
+    code = """
+import logging
+from celery import Celery
+from course_tasks.correlation import install
+app = Celery("formats")
+install(app)
+record = logging.makeLogRecord({"levelname": "INFO", "msg": "paid", "task_name": "pay", "task_id": "1f2e3d4c-5b"})
+for name in ("worker_log_format", "worker_task_log_format"):
+    print(logging.Formatter(app.conf[name]).format(record))
+"""
+    time = r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}"
+    assert re.fullmatch(rf"{time} INFO -\] paid\n{time} INFO -\] pay\[1f2e3d4c\]: paid", python(code))
 
 
 def test_a_task_from_a_client_that_knows_no_ids_has_its_own(shops):
