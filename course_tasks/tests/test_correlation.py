@@ -22,7 +22,7 @@ from course_tasks import correlation
 from course_tasks.authoring import kernels
 from course_tasks.correlation import HEADER, new_id
 from course_tasks.install import ROOT
-from course_tasks.tests.plugin import until
+from course_tasks.tests.plugin import stands, until
 
 POOLS = {"solo": 1, "prefork": 4, "threads": 8, "gevent": 16, "eventlet": 16}  # and their slots
 REQUESTS = 60
@@ -624,6 +624,42 @@ def test_a_child_that_is_born_while_a_message_is_taken_does_not_inherit_its_id(f
         shop.logged("a child is born", 2)
         assert "Scaling up" in shop.log.read_text()
         assert {found for found, message in shop.lines() if message == "a child is born"} == {"-"}
+
+
+STRUCTURED = """
+import logging
+import sys
+import structlog
+from shop import app, correlation_id
+def with_id(logger, method, event):
+    return event | {"correlation_id": correlation_id.get()}
+structlog.configure(
+    processors=[with_id, structlog.processors.JSONRenderer()],
+    logger_factory=structlog.WriteLoggerFactory(sys.__stderr__),
+)
+@app.task(name="structured")
+def structured():
+    structlog.get_logger().info("its own output")
+    logging.getLogger("library").warning("of a library")
+"""
+
+
+def test_a_processor_puts_the_id_into_structlog_s_own_output_and_only_there(folder):
+    stands(
+        "07c",
+        "| structlog with its own output | a processor that adds `correlation_id.get()` | records that don't come from "
+        "structlog still need a format with the field |",
+    )
+    (folder / "structured.py").write_text(STRUCTURED)
+    with running(Shop.worker("structured", 15, folder, "--pool=prefork --concurrency=1", "structured")) as [shop]:
+        shop.client("under('structured-1', 'structured')")
+        shop.logged("its own output")
+        shop.logged("of a library")
+        lines = shop.log.read_text().splitlines()
+    [own] = [json.loads(line) for line in lines if "its own output" in line]
+    assert own == {"event": "its own output", "correlation_id": "structured-1"}
+    [other] = [line for line in lines if "of a library" in line]
+    assert not other.startswith("{") and LINE.match(other), "it needs a format with the field"
 
 
 @pytest.mark.parametrize("given", ["a", "0f3e", "A-b_c.9", "_", "x" * 64])
