@@ -1793,7 +1793,7 @@ class Pool:
 
     def run(self, task: str, *args, count: int = 1, **options) -> list:
         sent = [self.client.send_task(task, args=args, **options) for _ in range(count)]
-        return [result.get(timeout=60, propagate=False) for result in sent]
+        return [result.get(timeout=180, propagate=False) for result in sent]
 
     def running(self, task: str, seconds: float, **options) -> AsyncResult:
         result = self.client.send_task(task, args=(seconds,), **options)
@@ -1846,7 +1846,7 @@ class Pool:
         """Whether two tasks use more than one processor, however busy the machine is."""
         if os.cpu_count() == 1:
             return ANY
-        return "yes" if speedup(self.run(task, 1.5, count=2), delays=False) > 1.4 else "no"
+        return "yes" if speedup(self.run(task, 1, count=2), delays=False) > 1.4 else "no"
 
     def grows(self) -> str:
         """What --autoscale does. The first worker is stopped for it."""
