@@ -214,6 +214,8 @@ def impostor(port, talk):
             with contextlib.suppress(OSError), connection:
                 talk(connection)
 
+    # a process that is about to end has no command line any more, but its port still
+    assert eventually(lambda: not listens(port))
     with socket.create_server(("127.0.0.1", port)) as listener:
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
