@@ -114,6 +114,10 @@ class Home:
                     found.append(process)
         return found
 
+    def gone(self):
+        """Whether nothing lives here, and nothing has its ports: a process that ends leaves its folder first."""
+        return not self.processes() and not any(listens(port) for port in self.ports.values())
+
     def guard(self):
         return psutil.Process(json.loads((self.directory / "pair.json").read_text())["guard"])
 
@@ -214,8 +218,6 @@ def impostor(port, talk):
             with contextlib.suppress(OSError), connection:
                 talk(connection)
 
-    # a process that is about to end has no command line any more, but its port still
-    assert eventually(lambda: not listens(port))
     with socket.create_server(("127.0.0.1", port)) as listener:
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
@@ -269,8 +271,7 @@ def test_twenty_starts_at_once_give_one_pair_and_sigkill_of_all_leaves_nothing(h
     assert len(home.processes()) == 3
     for holder in holders:
         holder.kill()
-    assert eventually(lambda: not home.processes())
-    assert not any(listens(port) for port in home.ports.values())
+    assert eventually(home.gone)
     assert home.ask("tell(servers.running)") is None
 
 
@@ -297,7 +298,7 @@ def test_the_lease_survives_exec(home):
 def test_the_guard_killed_leaves_nothing_and_ensure_starts_anew(home):
     holder, pair = home.hold()
     home.guard().kill()
-    assert eventually(lambda: not home.processes())
+    assert eventually(home.gone)
     assert again(holder) == pair
     assert answers(pair["broker"], pair["backend"])
 
@@ -309,7 +310,7 @@ def test_a_server_that_dies_or_hangs_while_in_use_can_be_had_back(home, role, fa
     with client(pair[role]) as server:
         os.kill(server.info("server")["process_id"], fate)
     if fate == signal.SIGKILL:  # the guard takes the other one along, so nobody works on with half a pair
-        assert eventually(lambda: not home.processes())
+        assert eventually(home.gone)
         with pytest.raises(RedisConnectionError, match="refused"):
             client(pair[role]).ping()
         assert home.ask("tell(servers.running)") is None
@@ -321,7 +322,7 @@ def test_a_server_that_dies_or_hangs_while_in_use_can_be_had_back(home, role, fa
 def test_a_pair_whose_ports_were_taken_meanwhile_comes_back_on_others(home, serve):
     holder, pair = home.hold()
     os.kill(client(pair["broker"]).info("server")["process_id"], signal.SIGKILL)
-    assert eventually(lambda: not home.processes())
+    assert eventually(home.gone)
     serve(home.ports["broker"]).set("mine", 1)
     other = again(holder)
     assert not set(home.ports_of(other).values()) & set(home.ports.values())
@@ -336,7 +337,7 @@ def test_the_next_pair_has_another_password_and_the_scripts_of_the_last_one_are_
     holder, pair = home.hold()
     assert list(home.directory.glob("*.sh"))
     holder.kill()
-    assert eventually(lambda: not home.processes())
+    assert eventually(home.gone)
     assert eventually(lambda: not [*home.directory.glob("*.sh"), *home.directory.glob("pair.json")])
     _, other = home.hold()
     assert home.ports_of(other) == home.ports_of(pair)
@@ -509,7 +510,7 @@ def test_a_shell_outside_joins_by_one_line(home, notebook, tmp_path):
 def test_a_new_pair_forgets_which_notebook_came_last(home):
     holder, pair = hold_as(home, "05_pools")
     os.kill(client(pair["broker"]).info("server")["process_id"], signal.SIGKILL)
-    assert eventually(lambda: not home.processes())
+    assert eventually(home.gone)
     assert home.ask(ENSURE)["broker"].rpartition("/")[0] == pair["broker"].rpartition("/")[0]
     assert not (home.directory / "latest.sh").exists()
     end(holder)
@@ -593,7 +594,7 @@ def test_nobody_is_told_the_password_but_our_own_servers(home, serve):
     """Somebody takes the ports of a pair that has died, and pair.json says what it said before."""
     holder, pair = home.hold()
     home.guard().kill()
-    assert eventually(lambda: not home.processes())
+    assert eventually(home.gone)
     heard = []
 
     def listen(connection):
