@@ -168,8 +168,6 @@ def run_until_it_passes(item: nbval.plugin.IPyNbCell, runtest: Callable[[], None
     if kernel.ended:
         pytest.skip(kernel.ended)
     try:
-        if not kernel.is_alive():
-            raise DeadKernelError(f"{kernels.obituary(kernel.km)} It was before this cell.")
         for left in record.attempts(item.cell):
             try:
                 return runtest()
@@ -178,6 +176,10 @@ def run_until_it_passes(item: nbval.plugin.IPyNbCell, runtest: Callable[[], None
                     raise
     except DeadKernelError as error:
         item.raise_cell_error(str(error))
+    except RuntimeError:
+        if kernel.is_alive():
+            raise
+        item.raise_cell_error(f"{kernels.obituary(kernel.km)} It was before this cell.")
     finally:
         if not kernel.is_alive():
             kernel.ended = f"the kernel has ended in {item.name}"

@@ -148,7 +148,8 @@ def test_a_kernel_that_dies_between_two_cells_is_one_failure(pair, tmp_path):
     soon = f"import threading\nthreading.Timer(0.1, lambda: exec({DYING!r})).start()"
     saved(path := tmp_path / "00_dying.ipynb", CODE(soon), CODE("import time; time.sleep(60)"), CODE("3"))
     said = with_a_learner(path)
-    assert re.search(rf"Cell 1: {DEAD}", said) and "1 failed, 1 passed, 2 skipped" in said
+    assert re.search(rf"Cell 1: {DEAD}", said), said
+    assert "1 failed, 1 passed, 2 skipped" in said, said
 
 
 def test_a_kernel_that_dies_under_the_learner_is_one_line(pair, tmp_path):
