@@ -176,7 +176,7 @@ def run_until_it_passes(item: nbval.plugin.IPyNbCell, runtest: Callable[[], None
                     raise
     except DeadKernelError as error:
         item.raise_cell_error(str(error))
-    except RuntimeError:
+    except RuntimeError:  # nbval looks first whether the kernel is alive
         if kernel.is_alive():
             raise
         item.raise_cell_error(f"{kernels.obituary(kernel.km)} It was before this cell.")

@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 from celery import Celery
 from celery.exceptions import Retry
+from celery.result import AsyncResult
 from redis.exceptions import LockNotOwnedError
 
 from course_tasks.tests.plugin import logged, node_stats, stands, until
@@ -112,6 +113,14 @@ def kill_child(client: Celery) -> None:
     os.kill(node_stats(client, "w")["pool"]["processes"][0], signal.SIGKILL)
 
 
+def killed(project, client: Celery, name: str) -> AsyncResult:
+    """Send a task, and kill the child process that runs it."""
+    result = client.send_task(name, args=(None,))
+    until(lambda: counted(project, result), "the task starts")
+    kill_child(client)
+    return result
+
+
 # --- 08 ------------------------------------------------------------------------------------------------------
 
 
@@ -139,9 +148,7 @@ def test_the_message_of_a_dead_child_is_acknowledged(project):
     stands("08", "the main process acknowledges the message of its dead child")
     stands("08", "the main process stored `FAILURE` with `WorkerLostError`")
     client = start(project)
-    result = client.send_task("late", args=(None,))
-    until(lambda: counted(project, result), "the task starts")
-    kill_child(client)
+    result = killed(project, client, "late")
     assert type(result.get(timeout=30, propagate=False)).__name__ == "WorkerLostError"
     until(lambda: not project.broker.exists("celery", "unacked"), "no message is left")
     assert counted(project, result) == {"starts": 1}
@@ -150,9 +157,7 @@ def test_the_message_of_a_dead_child_is_acknowledged(project):
 def test_retry_on_worker_lost_waits_before_it_tries_again(project):
     stands("08", "`retry_on_worker_lost` sends a new message after `default_retry_delay` (three minutes by default)")
     client = start(project)
-    result = client.send_task("someday", args=(None,))
-    until(lambda: counted(project, result), "the task starts")
-    kill_child(client)
+    result = killed(project, client, "someday")
     until(lambda: result.state == "RETRY", "the worker has seen it")
     assert 60 < seconds_left(project) <= 180
 
@@ -169,12 +174,21 @@ def test_the_second_start_of_a_message_says_that_it_was_redelivered(project):
     assert project.backend.lrange("redelivered", 0, -1) == [b"False", b"True", b"True"]
 
 
-def break_connection(project) -> None:
-    """Close the connection on which the worker waits for messages."""
+def cut_off(project, settings: str = "") -> tuple[AsyncResult, AsyncResult]:
+    """An early and a late task. While they run, the connection on which their worker waits for messages is closed.
+
+    Both may end as soon as the late one has started again.
+    """
+    client = start(project, settings, options="--concurrency=3")
+    early, late = (client.send_task(name, args=(None,)) for name in ("early", "late"))
+    until(lambda: counted(project, early) and counted(project, late), "both start")
     [waiting] = until(
         lambda: [each for each in project.broker.client_list() if each["cmd"] == "brpop"], "the worker waits"
     )
     project.broker.client_kill(waiting["addr"])
+    until(lambda: counted(project, late) == {"starts": 2}, "the late one starts again")
+    project.backend.set("go", 1)
+    return early, late
 
 
 def test_after_a_broken_connection_a_late_task_runs_next_to_itself(project):
@@ -184,12 +198,7 @@ def test_after_a_broken_connection_a_late_task_runs_next_to_itself(project):
         "it puts the messages that it has not acknowledged back into the queue",
         "plays no part in this. The early task was already acknowledged, so it ran once.",
     )
-    client = start(project, options="--concurrency=3")
-    early, late = (client.send_task(name, args=(None,)) for name in ("early", "late"))
-    until(lambda: counted(project, early) and counted(project, late), "both start")
-    break_connection(project)
-    until(lambda: counted(project, late) == {"starts": 2}, "the late one starts next to itself")
-    project.backend.set("go", 1)
+    early, late = cut_off(project)
     until(lambda: counted(project, late) == {"starts": 2, "ends": 2}, "both runs end")
     until(lambda: not project.broker.exists("celery", "unacked"), "no message is left")
     assert counted(project, early) == {"starts": 1, "ends": 1}
@@ -201,12 +210,7 @@ def test_a_late_task_is_killed_if_the_setting_says_so_when_the_connection_breaks
         "the worker kills its late tasks when the connection breaks",
         "Each of them is still started twice then, but finished only once.",
     )
-    client = start(project, "worker_cancel_long_running_tasks_on_connection_loss=True", options="--concurrency=3")
-    early, late = (client.send_task(name, args=(None,)) for name in ("early", "late"))
-    until(lambda: counted(project, early) and counted(project, late), "both start")
-    break_connection(project)
-    until(lambda: counted(project, late) == {"starts": 2}, "the late one starts again")
-    project.backend.set("go", 1)
+    early, late = cut_off(project, "worker_cancel_long_running_tasks_on_connection_loss=True")
     until(lambda: early.ready() and not project.broker.exists("celery", "unacked"), "no message is left")
     assert counted(project, late) == {"starts": 2, "ends": 1}
     assert counted(project, early) == {"starts": 1, "ends": 1}
@@ -295,10 +299,8 @@ def test_autoretry_for_every_exception_retries_what_was_too_slow(project):
 def test_on_failure_is_not_called_if_the_process_is_killed(project):
     stands("08b", "`on_failure` runs inside the worker's process, so it is not called if that process is killed.")
     client = start(project)
-    killed = client.send_task("parked", args=(None,))
-    until(lambda: counted(project, killed), "the task starts")
-    kill_child(client)
-    assert type(killed.get(timeout=30, propagate=False)).__name__ == "WorkerLostError"
+    lost = killed(project, client, "parked")
+    assert type(lost.get(timeout=30, propagate=False)).__name__ == "WorkerLostError"
     failed = client.send_task("parked", args=(0,))
     failed.get(timeout=30, propagate=False)
     until(lambda: project.backend.exists("parked"), "the second one is parked")

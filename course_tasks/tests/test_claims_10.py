@@ -15,6 +15,7 @@ import pytest
 from celery import Celery
 from celery.schedules import crontab, schedule
 
+from course_tasks.exercises import WrongAnswer
 from course_tasks.tests.plugin import logged, node_stats, stands, until
 
 CLOCK = """
@@ -108,11 +109,8 @@ def test_each_worker_with_b_is_a_beat_of_its_own(project):
 def test_a_worker_with_gevent_refuses_b(project):
     stands("10", "A worker with gevent or eventlet refuses it.")
     clock(project)
-    command = [sys.executable, "-m", "celery", "-A", "clock", "worker", "-B", "--pool=gevent"]
-    ended = subprocess.run(
-        command, cwd=project.folder, env=project.environment, capture_output=True, text=True, timeout=60
-    )
-    assert ended.returncode and "-B option doesn't work with eventlet/gevent pools" in ended.stdout + ended.stderr
+    with pytest.raises(WrongAnswer, match=r"ended with an error: .*-B option doesn't work with eventlet/gevent pools"):
+        project.run("celery -A clock worker -B --pool=gevent", seconds=60)
     assert not project.broker.exists("ticks")
 
 
@@ -169,6 +167,12 @@ def remind():
 """
 
 
+def later(project, pool: str, enable_utc: bool = True, name: str = "later") -> None:
+    """Start a worker with one slot for reminders, whose time zone is Tokyo's."""
+    (project.folder / "later.py").write_text(LATER.format(enable_utc))
+    project.worker(f"celery -A later worker --pool={pool} -c 1 -n {name}@%h --without-mingle --without-gossip")
+
+
 @pytest.mark.parametrize("enable_utc", [True, False])
 def test_a_worker_runs_a_naive_date_as_utc_whatever_the_settings_are(project, enable_utc):
     stands(
@@ -176,9 +180,8 @@ def test_a_worker_runs_a_naive_date_as_utc_whatever_the_settings_are(project, en
         "A worker reads a date without a time zone as UTC, and not in its own zone",
         "Celery sends a naive date as it is, and neither the worker's `timezone` nor yours plays a part.",
     )
-    (project.folder / "later.py").write_text(LATER.format(enable_utc))
     project.environment["TZ"] = "America/New_York"
-    project.worker("celery -A later worker --pool=threads -c 1 -n later@%h --without-mingle --without-gossip")
+    later(project, "threads", enable_utc)
     client = project.client()
     client.conf.timezone, client.conf.enable_utc = "Asia/Tokyo", enable_utc
     now = datetime.now(UTC).replace(tzinfo=None)
@@ -196,8 +199,7 @@ def test_a_worker_lists_a_thousand_waiting_tasks_and_puts_each_back_when_it_is_s
         "`celery inspect scheduled` lists them all.",
         "but it moves a thousand messages, with several Redis commands for each.",
     )
-    (project.folder / "later.py").write_text(LATER.format(True))
-    project.worker("celery -A later worker --pool=prefork -c 1 -n later@%h --without-mingle --without-gossip")
+    later(project, "prefork")
     client = project.client()
     sent = {client.send_task("remind", countdown=3000).id for _ in range(1000)}
     until(lambda: project.broker.hlen("unacked") == 1000, "the worker holds them all")
@@ -216,14 +218,13 @@ def test_a_worker_lists_a_thousand_waiting_tasks_and_puts_each_back_when_it_is_s
 
 def test_messages_with_a_countdown_stay_unacked_when_their_worker_is_killed(project):
     stands("10", "After `kill -9`, they stay in `unacked` until the visibility timeout.")
-    (project.folder / "later.py").write_text(LATER.format(True))
-    project.worker("celery -A later worker --pool=solo -n later@%h --without-mingle --without-gossip")
+    later(project, "solo")
     client = project.client()
     for _ in range(3):
         client.send_task("remind", countdown=3000)
     until(lambda: project.broker.hlen("unacked") == 3, "the worker holds them all")
     os.kill(node_stats(client, "later")["pid"], signal.SIGKILL)
-    project.worker("celery -A later worker --pool=solo -n next@%h --without-mingle --without-gossip")
+    later(project, "solo", name="next")
     client.send_task("remind").get(timeout=20)
     until(lambda: project.broker.hlen("unacked") == 3, "only those three are left")
 
