@@ -143,27 +143,28 @@ class Listener:
         A worker is known by the queue that it has for orders. It makes that when it starts, and may listen to it a
         moment after "ready." only, so those that don't answer are told again.
         """
-        with self._client.connection_or_acquire() as connection:
-            # One for all orders: each mailbox has a queue of its own for the answers. Not control's own: once that has
-            # a queue, the copies of it that later orders use would wait there, and have the answers sent elsewhere.
-            mailbox = self._client.control.mailbox(connection)
-            self._answers = mailbox.reply_queue.name
-            suffix = f".{mailbox.namespace}.pidbox"
-            answered: set[str] = set()
-            start, pause = time.monotonic(), 0.05
-            while (passed := time.monotonic() - start) < ANSWER:
-                bound = {row[-1] for row in channel.get_table(f"{mailbox.namespace}.pidbox")}
-                missing = {name.removesuffix(suffix) for name in bound if name.endswith(suffix)} - answered
-                if missing:
-                    replies = mailbox.call(sorted(missing), "enable_events", timeout=min(pause, ANSWER - passed))
-                    late = itertools.chain(*mailbox.unclaimed.values())  # answers to the orders before this one
-                    answered.update(name for reply in [*replies, *late] for name in reply)
-                    mailbox.unclaimed.clear()
-                    pause *= 2
-                elif answered or passed > 0.3:
-                    break
-                else:
-                    time.sleep(0.02)
+        # One for all orders: each mailbox has a queue of its own for the answers. Not control's own: once that has
+        # a queue, the copies of it that later orders use would wait there, and have the answers sent elsewhere.
+        # And a connection of its own: one that has given up may still read a late answer, and the client's next order
+        # on it would take that for its own.
+        mailbox = self._client.control.mailbox(channel.connection.client)
+        self._answers = mailbox.reply_queue.name
+        suffix = f".{mailbox.namespace}.pidbox"
+        answered: set[str] = set()
+        start, pause = time.monotonic(), 0.05
+        while (passed := time.monotonic() - start) < ANSWER:
+            bound = {row[-1] for row in channel.get_table(f"{mailbox.namespace}.pidbox")}
+            missing = {name.removesuffix(suffix) for name in bound if name.endswith(suffix)} - answered
+            if missing:
+                replies = mailbox.call(sorted(missing), "enable_events", timeout=min(pause, ANSWER - passed))
+                late = itertools.chain(*mailbox.unclaimed.values())  # answers to the orders before this one
+                answered.update(name for reply in [*replies, *late] for name in reply)
+                mailbox.unclaimed.clear()
+                pause *= 2
+            elif answered or passed > 0.3:
+                break
+            else:
+                time.sleep(0.02)
         self._workers = answered | missing
 
     def _published(self, sender=None, headers=None, body=None, routing_key=None, **_) -> None:

@@ -11,6 +11,8 @@ from celery.bin.celery import celery as program
 from celery.bin.worker import worker
 from celery.utils.nodenames import default_nodename, host_format
 
+from course_tasks.classroom.errors import ClassroomError
+from course_tasks.classroom.toolkit import ask_worker
 from course_tasks.exercises import Exercise, Question, called
 from course_tasks.exercises.project import Project
 
@@ -18,8 +20,9 @@ from course_tasks.exercises.project import Project
 def _tasks_of(answer: Callable) -> str | None:
     for name in ("first", "shop"):
         node = f"{name}@{socket.gethostname()}"
-        asked = Celery().control.inspect([node], timeout=5, limit=1).registered() or {}
-        if node not in asked:
+        try:
+            registered = ask_worker(Celery(), name, "registered", 5)
+        except ClassroomError:
             return f"the worker {node} doesn't answer. Is it running? Run its cell again."
         given = called(answer, name, case=f"for {name!r}, ")
         if given is None:
@@ -32,7 +35,7 @@ def _tasks_of(answer: Callable) -> str | None:
             return f"for {name!r} it returned {given!r}, and it should return a list of names."
         if any(task.startswith("celery.") for task in names):
             return "these are the tasks of an app in this notebook, and Celery's own are among them. Ask the worker."
-        if set(names) != set(asked[node]):
+        if set(names) != set(registered):
             return f"for {name!r} it returned {sorted(names)}, but that worker has other tasks. Ask the worker."
     return None
 

@@ -1,6 +1,5 @@
 """The exercises and the quiz of chapter 03b."""
 
-import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -8,18 +7,19 @@ from typing import Any
 from celery import Celery
 from celery.exceptions import TimeoutError as ResultTimeout
 
+from course_tasks.classroom.errors import ClassroomError
+from course_tasks.classroom.toolkit import ask_worker
 from course_tasks.exercises import Exercise, Question, WrongAnswer, called
 
-NODE = f"w1@{socket.gethostname()}"
 AWAY = "the worker w1 doesn't answer. Is it running, and idle? Run its cell again."
 
 
 def _ask(client: Celery, question: str) -> Any:
     """What w1 answers."""
-    answers = getattr(client.control.inspect([NODE], timeout=5, limit=1), question)()
-    if not answers:
-        raise WrongAnswer(AWAY)
-    return answers[NODE]
+    try:
+        return ask_worker(client, "w1", question, 5)
+    except ClassroomError:
+        raise WrongAnswer(AWAY) from None
 
 
 def _taken(answer: Callable) -> str | None:

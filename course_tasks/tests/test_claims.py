@@ -517,6 +517,20 @@ def test_flaky_is_tried_again_after_a_second_and_add_long_takes_its_time(project
     assert project.broker.info("commandstats")["cmdstat_lpush"]["calls"] == 3  # flaky twice, and add_long
 
 
+def test_get_passes_on_what_it_hears_meanwhile_about_another_task(project):
+    """As it does when a client was too busy to begin waiting before the other task was over."""
+    stands("02b", "`get` hands over what it hears while it waits, so after a busy moment an announcement about another")
+    project.worker("celery -A course_tasks worker --pool=solo --without-mingle --without-gossip")
+    client, heard = project.client(), []
+    add, other = client.send_task("add", args=(4, 5)), client.send_task("add", args=(1, 2))
+    for task in add, other:  # read without the client, which therefore hears of them later
+        until(lambda task=task: b"SUCCESS" in (project.backend.get(f"celery-task-meta-{task.id}") or b""), "it is over")
+    assert add.get(timeout=10) == 9
+    add_long = client.send_task("add_long", args=(4, 5, 1))
+    add_long.get(timeout=20, on_message=lambda record: heard.append((record["task_id"], record["status"])))
+    assert (add.id, "SUCCESS") in heard and (add_long.id, "SUCCESS") in heard
+
+
 def test_a_task_that_no_worker_knows_fails_without_being_started(project):
     stands("02b", "└──> FAILURE (no worker knows the task's name)")
     notes(project, "task_track_started = True")

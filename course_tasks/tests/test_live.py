@@ -215,6 +215,20 @@ def test_an_answer_that_comes_too_late_is_not_left_in_the_broker_and_a_later_ord
         assert [list(answer.values()) for answer in client.control.ping(timeout=60, limit=1)] == [[{"ok": "pong"}]]
 
 
+def test_an_answer_that_comes_just_too_late_is_not_taken_for_one_to_the_client_s_next_order():
+    with (
+        working(NOBODY, "--pool=threads", "-c", "1", "--without-mingle") as worker,
+        connected(NOBODY) as client,
+        client.connection_for_write() as connection,
+    ):
+        worker.send_signal(signal.SIGSTOP)
+        with Journey(client, LONG) as journey:
+            connection.Producer().publish({"late@here": {"ok": "late"}}, routing_key=journey._answers)
+            worker.send_signal(signal.SIGCONT)
+            assert [list(answer.values()) for answer in client.control.ping(timeout=60, limit=1)] == [[{"ok": "pong"}]]
+            client.send_task("add", args=(4, 5)).get(timeout=60)
+
+
 def test_the_picture_is_one_that_an_untrusted_notebook_shows_in_both_themes(workers, client):
     journey = gone(client, "add", 4, 5)
     page = journey._repr_mimebundle_()["text/html"]
