@@ -1279,7 +1279,7 @@ def test_messages_taken_ahead_get_too_old_and_with_a_multiplier_of_1_they_do_not
     stands("03c", "Messages that a worker has taken ahead age as well while they wait for a free process.")
     stands("03c", "(a waiting message is in `unacked` without `acks_late` as well)")
     client = project.client()
-    for multiplier, task, timeout, seconds in ((1, "late", 6, 1.5), (4, "late", 3, 2.5), (4, "early", 3, 2.5)):
+    for multiplier, task, timeout, seconds in ((1, "late", 10, 2.5), (4, "late", 3, 2.5), (4, "early", 3, 2.5)):
         transport = {"visibility_timeout": timeout, **FAST}
         write_risk(tmp_path, broker_transport_options=transport, worker_prefetch_multiplier=multiplier)
         name = f"{task}{multiplier}"

@@ -200,6 +200,7 @@ def test_after_a_broken_connection_a_late_task_runs_next_to_itself(project):
     )
     early, late = cut_off(project)
     until(lambda: counted(project, late) == {"starts": 2, "ends": 2}, "both runs end")
+    until(early.ready, "the early one ends")
     until(lambda: not project.broker.exists("celery", "unacked"), "no message is left")
     assert counted(project, early) == {"starts": 1, "ends": 1}
 
