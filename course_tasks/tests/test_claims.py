@@ -76,6 +76,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
+from starlette.routing import Route
 
 from course_tasks import copies, correlation
 from course_tasks.celery import app
@@ -2218,13 +2219,25 @@ def test_prefetching_is_disabled_with_redis_only(project):
 def test_a_task_passes_its_root_id_on_which_is_not_in_the_log_by_default(project):
     stands("07", "if a task sends another one, it passes its `root_id` on")
     stands("07", "by default, Celery doesn't write `root_id` into the log")
-    sending = '@app.task(name="first")\ndef first():\n    app.send_task("second", queue="nobody")\n'
+    stands("07", "The line `card refused` comes from a library, and it names no task at all.")
+    sending = """
+import logging
+@app.task(name="first")
+def first():
+    second.delay()
+@app.task(name="second")
+def second():
+    logging.getLogger("cards").warning("card refused")
+    app.send_task("third", queue="nobody")
+"""
     notes(project, f"update()\n{sending}")
-    first = project.client().send_task("first", root_id="a-root")
-    logged(project, f"Task first[{first.id}] succeeded")
+    project.client().send_task("first", root_id="a-root")
+    logged(project, "Task second[")
+    until(lambda: project.log().count(" succeeded in ") == 2, project.log(), seconds=20)
     headers = json.loads(project.broker.rpop("nobody"))["headers"]
-    assert headers["root_id"] == "a-root" != headers["id"]
+    assert headers["root_id"] == "a-root" not in (headers["id"], headers["parent_id"])
     assert "a-root" not in project.log()
+    assert re.search(r"(?m)^\[[^]]*\] card refused$", project.log())
 
 
 # --- 07b -----------------------------------------------------------------------------------------------------
@@ -2328,6 +2341,27 @@ def test_who_logs_what_about_a_task_and_the_main_process_s_lines_have_its_id(pro
         for text, task in lines:
             line = line_of(project, text, "" if "WorkerLost" in text else task.id[:8])
             assert line.startswith(process) and " ada-7] " in line, line
+
+
+def test_task_postrun_is_sent_however_a_task_ends():
+    stands("07b", "Before a task runs, Celery sends the signal `task_prerun`, and after it `task_postrun`.")
+    code = """
+from celery import Celery, exceptions, signals
+app = Celery("ends")
+@app.task(bind=True)
+def end(self, how):
+    seen.append("runs")
+    if how != "well":
+        raise getattr(exceptions, how, LookupError)()
+signals.task_prerun.connect(lambda **_: seen.append("prerun"), weak=False)
+signals.task_postrun.connect(lambda **_: seen.append("postrun"), weak=False)
+for how in ("well", "badly", "Ignore", "Reject", "Retry"):
+    seen = []
+    app.tasks[end.name].apply([how])
+    print(*seen)
+"""
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert said.stdout == "prerun runs postrun\n" * 5, said.stderr
 
 
 def test_a_message_that_can_not_be_acknowledged_is_logged_with_its_id(caplog):
@@ -2531,6 +2565,32 @@ def test_two_threads_can_not_use_one_copy_of_a_context():
     first.join()
 
 
+def test_since_python_3_14_a_thread_takes_a_context():
+    stands("07c", "Since Python 3.14, you can also write `Thread(target=function, context=copy_context())`.")
+    seen, since = [], sys.version_info >= (3, 14)
+    with correlation._current("ada-7"), contextlib.nullcontext() if since else pytest.raises(TypeError):
+        thread = threading.Thread(target=lambda: seen.append(correlation_id.get()), context=copy_context())
+        thread.start()
+        thread.join()
+    assert seen == (["ada-7"] if since else [])
+
+
+def test_a_worker_log_format_counts_if_it_comes_after_install():
+    stands("07c", "your own `worker_log_format` has to come after it, and has to name the field")
+    code = """
+from celery import Celery
+from course_tasks.correlation import FORMAT, install
+app = Celery("formats")
+app.conf.worker_log_format = "before"
+install(app)
+print(app.conf.worker_log_format == FORMAT)
+app.conf.worker_log_format = "after"
+print(app.conf.worker_log_format)
+"""
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert said.stdout == "True\nafter\n", said.stderr
+
+
 def test_a_base_class_with_a_request_of_its_own_keeps_that():
     stands("07c", "But if you give one its own `Request`, derive that from `CorrelatedRequest`.")
     code = """
@@ -2589,12 +2649,30 @@ def web_log(project: Project, text: str) -> str:
 
 
 def test_uvicorn_refuses_line_breaks_in_an_id_and_keeps_no_id_for_the_next_request(project):
-    stands("07d", "uvicorn refuses it with status 400", "so the next request does not see this value")
-    with service(project) as port:
+    stands(
+        "07d",
+        "uvicorn refuses it with status 400",
+        "uvicorn runs each request in an asyncio task with a context of its own, so the next request does not see this",
+    )
+    first = "app = BaseHTTPMiddleware(app, with_id)"
+    around = f"""{first}
+inner = app
+async def app(scope, receive, send):
+    if scope["type"] == "http":
+        logging.warning("begins")  # before the middleware
+    await inner(scope, receive, send)
+"""
+    with service(project, lambda source: source.replace(first, around)) as port:
+        with httpx.Client(timeout=30) as client:  # it keeps its connection
+            for id in ("ada-7", "ben-8"):
+                answer = client.post(f"http://127.0.0.1:{port}/orders/ada", headers={"X-Request-ID": id})
+                assert answer.headers["X-Request-ID"] == id
         for broken in (b"X-Request-ID: a\nb", b"X-Request-ID: a\rb"):
             assert post(port, broken).startswith("HTTP/1.1 400")
         assert "x-request-id: ada-7" in post(port).lower()
         assert re.search(r"x-request-id: [0-9a-f]{32}\r", post(port, b"X-Other: 1").lower())
+        begun = [line for line in (project.folder / "web.log").read_text().splitlines() if line.endswith("begins")]
+        assert len(begun) == 4 and all(" WARNING -] " in line for line in begun), begun
 
 
 NEXT = "    response = await call_next(request)\n"
@@ -2625,12 +2703,67 @@ def test_after_a_reset_uvicorn_s_own_lines_have_no_id(project, reset):
 def test_starlette_has_forty_threads_and_celery_by_itself_no_time_out_for_the_broker():
     stands("07d", "Starlette runs such functions in 40 threads by default", "Celery would have waited until the broker")
 
-    async def threads() -> float:
-        return anyio.to_thread.current_default_thread_limiter().total_tokens
+    async def threads() -> int:
+        inside, release = [], threading.Event()
+
+        def wait(request):
+            inside.append(request)
+            release.wait(60)
+            return PlainTextResponse("")
+
+        transport = httpx.ASGITransport(Starlette(routes=[Route("/", wait)]))
+        async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
+            try:
+                async with anyio.create_task_group() as group:
+                    for _ in range(45):
+                        group.start_soon(client.get, "/")
+                    with anyio.move_on_after(60):
+                        while len(inside) < 40:
+                            await anyio.sleep(0.01)
+                    await anyio.sleep(0.2)  # more than 40 would begin now
+                    number = len(inside)
+                    release.set()
+            finally:
+                release.set()
+        return number
 
     assert anyio.run(threads) == 40
     assert Channel.socket_timeout is None  # it is passed to redis-py, instead of its five seconds
     assert Celery(set_as_current=False).conf.broker_transport_options == {}
+
+
+def test_the_broker_may_have_a_message_of_a_client_that_gave_up(project):
+    stands("07d", "the broker may have received the message although the client gave up")
+    there = project.broker.connection_pool.connection_kwargs
+    received = []
+
+    class Mute(socketserver.BaseRequestHandler):
+        """Passes everything on, but no answer to a message that is pushed."""
+
+        def handle(self):
+            with socket.create_connection((there["host"], there["port"])) as server:
+                while data := self.request.recv(65536):
+                    server.sendall(data)
+                    answer = server.recv(65536)
+                    if b"LPUSH" in data:
+                        received.append(answer)
+                    else:
+                        self.request.sendall(answer)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Mute) as mute:
+        mute.daemon_threads = True
+        threading.Thread(target=mute.serve_forever, daemon=True).start()
+        app = project.client()
+        password = f":{there['password']}@" if there.get("password") else ""
+        app.conf.broker_write_url = f"redis://{password}127.0.0.1:{mute.server_address[1]}/{there['db']}"
+        app.conf.broker_transport_options = {"socket_timeout": 1, "socket_connect_timeout": 1}  # as in the chapter
+        for _ in range(5):  # a busy machine may take too long for the greeting already
+            with pytest.raises(OperationalError):
+                app.send_task("order", queue="shop", ignore_result=True)
+            if received:
+                break
+        mute.shutdown()
+    assert project.broker.llen("shop") == len(received) >= 1
 
 
 def test_a_worker_replaces_an_id_that_forges_lines(project):
@@ -2661,6 +2794,10 @@ def test_what_the_library_keeps_by_default_and_with_a_validator_of_none():
 
     assert anyio.run(kept, "5f0c6e1f9a3b4c7d8e2f1a0b9c8d7e6f") and not anyio.run(kept, "ada-7")
     assert anyio.run(lambda: kept("ada-7] cancelled [", validator=None))
+    stands("07d", "with `validator=` and a function of your own you decide")
+    own = {"validator": lambda id: id == "ada-7"}
+    assert anyio.run(lambda: kept("ada-7", **own))
+    assert not anyio.run(lambda: kept("5f0c6e1f9a3b4c7d8e2f1a0b9c8d7e6f", **own))
 
 
 def test_the_library_s_variable_has_the_same_name_and_the_request_s_id():
@@ -2716,6 +2853,31 @@ print(f"{span.get_span_context().trace_id:032x}")
     trace_id = project.run("python checkout.py", seconds=60).splitlines()[-1]
     headers = json.loads(project.broker.rpop("nobody"))["headers"]
     assert headers["traceparent"].split("-")[1] == trace_id
+
+
+def test_spans_have_a_start_an_end_and_a_parent(project):
+    stands("07d", "Each piece of work is a **span**, with a start, an end and a parent.")
+    stands("07d", "OpenTelemetry adds durations and parents")
+    ids = "{span.context.span_id:016x} {span.parent.span_id:016x}"
+    line = f'f"span {{span.name}} {ids} {{span.end_time - span.start_time}}\\n"'
+    for cell in cells(copies.chapters()["07d"], "code"):
+        if cell.id in (*TASKS_OF_THE_SHOP, "traced"):
+            magic, _, source = cell.source.partition("\n")
+            with (project.folder / Path(magic.split()[-1]).name).open("a") as file:
+                file.write(re.sub(r'f"span .*?\\n"', lambda _: line, source) + "\n")
+    project.worker("celery -A traced worker --pool=threads --without-mingle --without-gossip")
+    checkout = f"{7:016x}"
+    headers = {"traceparent": f"00-{5:032x}-{checkout}-01"}
+    project.client().send_task("order", args=("ada",), queue="traced", headers=headers)
+    until(lambda: project.log().count("\nspan ") == 7, project.log(), seconds=20)
+    spans = {name: rest for name, *rest in (line.split()[1:] for line in project.log().splitlines() if "span " in line)}
+    ids = {name: id for name, (id, _, _) in spans.items()}
+    assert spans["run/order"][1] == checkout
+    for name in ("charge", "reserve", "pack"):
+        assert spans[f"run/{name}"][1] == ids[f"apply_async/{name}"]
+        parents = ("run/order",) if name != "pack" else ("run/charge", "run/reserve")
+        assert spans[f"apply_async/{name}"][1] in [ids[parent] for parent in parents]
+    assert int(spans["run/charge"][2]) > 0.25e9, "it sleeps for 0.3 s"
 
 
 def test_a_batch_span_processor_sends_the_spans_in_a_thread_of_its_own():
