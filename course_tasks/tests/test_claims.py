@@ -2343,6 +2343,37 @@ def test_who_logs_what_about_a_task_and_the_main_process_s_lines_have_its_id(pro
             assert line.startswith(process) and " ada-7] " in line, line
 
 
+@pytest.mark.parametrize(
+    "option, copied", [("", sys.platform != "darwin"), ("--pool-start-method=spawn", False)], ids=["default", "spawn"]
+)
+def test_a_child_is_a_copy_of_the_main_process_unless_it_is_spawned(project, option, copied):
+    stands(
+        "07b", "On Linux, a child is by default a copy (a **fork**) of the main process.", "a child is started afresh"
+    )
+    settings = """
+from celery import signals
+made = []
+signals.worker_init.connect(lambda **_: made.append("by the main process"), weak=False)
+@app.task(name="look")
+def look():
+    logger.info("made %s", made)
+"""
+    ids_worker(project, "shop", settings=settings, pool=f"prefork -c 1 {option}")
+    under(project, "shop", "look")
+    assert line_of(project, ": made ").endswith("['by the main process']" if copied else "[]")
+
+
+def test_a_spawned_child_logs_before_it_has_imported_the_code(project):
+    stands("07b", "and logs before it has imported your code. Its first records don't have our field, so `_unformat`")
+    spawned = "prefork -c 1 --pool-start-method=spawn"
+    ids_worker(project, "kept", "correlation._unformat = lambda **_: None", pool=spawned)
+    line_of(project, f"'{HEADER}'")  # a field that is missing
+    before = project.log()
+    ids_worker(project, "shop", pool=spawned)
+    line_of(project, f"pack[{under(project, 'shop', 'pack').id[:8]}]: packed")
+    assert project.log().count(f"'{HEADER}'") == before.count(f"'{HEADER}'")
+
+
 def test_task_postrun_is_sent_however_a_task_ends():
     stands("07b", "Before a task runs, Celery sends the signal `task_prerun`, and after it `task_postrun`.")
     code = """
@@ -2467,6 +2498,25 @@ def prints():
     under(project, "shop", "prints")
     assert line_of(project, "this was logged") == "<ada-7> this was logged"
     assert line_of(project, "this was printed") == "this was printed"
+
+
+@pytest.mark.parametrize("hijack", [False, True])
+def test_a_configuration_of_one_s_own_stays_if_celery_does_not_hijack_the_root_logger(project, hijack):
+    stands("07c", "your own configuration, with `worker_hijack_root_logger=False` or the signal `setup_logging`")
+    settings = f"""
+import logging
+logging.basicConfig(format="<%({HEADER})s> %(message)s", level="INFO")
+app.conf.worker_hijack_root_logger = {hijack}
+@app.task(name="prints")
+def prints():
+    print("this was printed", flush=True)
+    logging.warning("this was logged")
+"""
+    ids_worker(project, "shop", settings=settings)
+    task = under(project, "shop", "prints").id
+    for text in ("this was printed", "this was logged", f"Task prints[{task}] received"):
+        line = line_of(project, text)
+        assert line == f"<ada-7> {text}" if not hijack else line.endswith(f" ada-7] {text}")
 
 
 @pytest.mark.parametrize("id", ["ada-7", None])
@@ -2700,7 +2750,7 @@ def test_after_a_reset_uvicorn_s_own_lines_have_no_id(project, reset):
         assert ("ERROR eve-9]" in web_log(project, "Exception in ASGI application")) is not reset
 
 
-def test_starlette_has_forty_threads_and_celery_by_itself_no_time_out_for_the_broker():
+def test_starlette_has_forty_threads_and_celery_by_itself_no_time_out_for_the_broker(project):
     stands("07d", "Starlette runs such functions in 40 threads by default", "Celery would have waited until the broker")
 
     async def threads() -> int:
@@ -2728,8 +2778,14 @@ def test_starlette_has_forty_threads_and_celery_by_itself_no_time_out_for_the_br
         return number
 
     assert anyio.run(threads) == 40
-    assert Channel.socket_timeout is None  # it is passed to redis-py, instead of its five seconds
-    assert Celery(set_as_current=False).conf.broker_transport_options == {}
+    app = project.client()
+    for options, seconds in (({}, None), ({"socket_timeout": 1}, 1)):
+        app.conf.broker_transport_options = options
+        with app.connection_for_write() as connection:
+            connections = connection.default_channel.client.connection_pool
+            connected = connections.get_connection()
+            assert connected._sock.gettimeout() == seconds
+            connections.release(connected)
 
 
 def test_the_broker_may_have_a_message_of_a_client_that_gave_up(project):
@@ -2762,8 +2818,8 @@ def test_the_broker_may_have_a_message_of_a_client_that_gave_up(project):
                 app.send_task("order", queue="shop", ignore_result=True)
             if received:
                 break
+        until(lambda: project.broker.llen("shop") == len(received) > 0, "what was passed on is in the queue", seconds=20)
         mute.shutdown()
-    assert project.broker.llen("shop") == len(received) >= 1
 
 
 def test_a_worker_replaces_an_id_that_forges_lines(project):
