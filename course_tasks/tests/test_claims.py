@@ -2464,6 +2464,7 @@ def test_a_message_without_root_id_has_the_task_s_own_id(project):
 def test_a_worker_is_silent_about_a_wrong_format_because_it_redirects_stderr(project, redirects):
     stands(
         "07c",
+        "A line that can't be formatted is dropped, and nothing tells you so.",
         "The task's own line is there, because a task logger has a format of its own (`worker_task_log_format`).",
         "It sends what programs write to stderr to the same log",
     )
@@ -2476,7 +2477,7 @@ def test_a_worker_is_silent_about_a_wrong_format_because_it_redirects_stderr(pro
     task = under(project, "shop", "pack")
     line_of(project, "pack[", ": packed")
     if redirects:
-        assert not any(text in project.log() for text in ("received", task.id, "Logging error"))
+        assert not any(text in project.log() for text in ("received", task.id, "Logging error", "Traceback"))
     else:
         line_of(project, "--- Logging error ---")
 
