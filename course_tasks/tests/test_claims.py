@@ -2402,7 +2402,11 @@ def test_a_message_that_can_not_be_acknowledged_is_logged_with_its_id(caplog):
         raise ConnectionError("broken")
 
     seen = []
-    caplog.handler.addFilter(lambda record: seen.append((record.getMessage(), correlation_id.get())))
+
+    def look(record: logging.LogRecord) -> bool:
+        seen.append((record.getMessage(), correlation_id.get()))
+        return True
+
     with kombu.Connection("memory://") as connection, connection.SimpleQueue("acknowledged") as queue:
         sent = app.amqp.as_task_v2("1f2e", "add")
         queue.put(sent.body, headers=sent.headers, **sent.properties)
@@ -2411,7 +2415,8 @@ def test_a_message_that_can_not_be_acknowledged_is_logged_with_its_id(caplog):
         on_ack, errors = message.ack_log_error, (ConnectionError,)
         with correlation._current("ada-7"):
             request = CorrelatedRequest(message, on_ack=on_ack, app=app, connection_errors=errors, task=add)
-    request.on_accepted(1, time.monotonic())
+    with caplog.filtering(look):  # type: ignore[arg-type]  # a function will do
+        request.on_accepted(1, time.monotonic())
     assert [id for text, id in seen if text.startswith("Couldn't ack")] == ["ada-7"]
 
 
