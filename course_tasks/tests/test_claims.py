@@ -77,6 +77,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
+from starlette.routing import Route
 
 from course_tasks import copies, correlation
 from course_tasks.celery import app
@@ -2228,13 +2229,25 @@ def test_prefetching_is_disabled_with_redis_only(project):
 def test_a_task_passes_its_root_id_on_which_is_not_in_the_log_by_default(project):
     stands("07", "if a task sends another one, it passes its `root_id` on")
     stands("07", "by default, Celery doesn't write `root_id` into the log")
-    sending = '@app.task(name="first")\ndef first():\n    app.send_task("second", queue="nobody")\n'
+    stands("07", "The line `card refused` comes from a library, and it names no task at all.")
+    sending = """
+import logging
+@app.task(name="first")
+def first():
+    second.delay()
+@app.task(name="second")
+def second():
+    logging.getLogger("cards").warning("card refused")
+    app.send_task("third", queue="nobody")
+"""
     notes(project, f"update()\n{sending}")
-    first = project.client().send_task("first", root_id="a-root")
-    logged(project, f"Task first[{first.id}] succeeded")
+    project.client().send_task("first", root_id="a-root")
+    logged(project, "Task second[")
+    until(lambda: project.log().count(" succeeded in ") == 2, project.log(), seconds=20)
     headers = json.loads(project.broker.rpop("nobody"))["headers"]
-    assert headers["root_id"] == "a-root" != headers["id"]
+    assert headers["root_id"] == "a-root" not in (headers["id"], headers["parent_id"])
     assert "a-root" not in project.log()
+    assert re.search(r"(?m)^\[[^]]*\] card refused$", project.log())
 
 
 # --- 07b -----------------------------------------------------------------------------------------------------
@@ -2340,6 +2353,58 @@ def test_who_logs_what_about_a_task_and_the_main_process_s_lines_have_its_id(pro
             assert line.startswith(process) and " ada-7] " in line, line
 
 
+@pytest.mark.parametrize(
+    "option, copied", [("", sys.platform != "darwin"), ("--pool-start-method=spawn", False)], ids=["default", "spawn"]
+)
+def test_a_child_is_a_copy_of_the_main_process_unless_it_is_spawned(project, option, copied):
+    stands(
+        "07b", "On Linux, a child is by default a copy (a **fork**) of the main process.", "a child is started afresh"
+    )
+    settings = """
+from celery import signals
+made = []
+signals.worker_init.connect(lambda **_: made.append("by the main process"), weak=False)
+@app.task(name="look")
+def look():
+    logger.info("made %s", made)
+"""
+    ids_worker(project, "shop", settings=settings, pool=f"prefork -c 1 {option}")
+    under(project, "shop", "look")
+    assert line_of(project, ": made ").endswith("['by the main process']" if copied else "[]")
+
+
+def test_a_spawned_child_logs_before_it_has_imported_the_code(project):
+    stands("07b", "and logs before it has imported your code. Its first records don't have our field, so `_unformat`")
+    spawned = "prefork -c 1 --pool-start-method=spawn"
+    missing = f"not found in record: '{HEADER}'"
+    ids_worker(project, "shop", pool=spawned)
+    line_of(project, f"pack[{under(project, 'shop', 'pack').id[:8]}]: packed")
+    assert missing not in project.log()
+    ids_worker(project, "kept", "correlation._unformat = lambda **_: None", pool=spawned)
+    line_of(project, missing)
+
+
+def test_task_postrun_is_sent_however_a_task_ends():
+    stands("07b", "Before a task runs, Celery sends the signal `task_prerun`, and after it `task_postrun`.")
+    code = """
+from celery import Celery, exceptions, signals
+app = Celery("ends")
+@app.task(bind=True)
+def end(self, how):
+    seen.append("runs")
+    if how != "well":
+        raise getattr(exceptions, how, LookupError)()
+signals.task_prerun.connect(lambda **_: seen.append("prerun"), weak=False)
+signals.task_postrun.connect(lambda **_: seen.append("postrun"), weak=False)
+for how in ("well", "badly", "Ignore", "Reject", "Retry"):
+    seen = []
+    app.tasks[end.name].apply([how])
+    print(*seen)
+"""
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert said.stdout == "prerun runs postrun\n" * 5, said.stderr
+
+
 def test_a_message_that_can_not_be_acknowledged_is_logged_with_its_id(caplog):
     stands("07b", "`on_accepted` | a child process has started the task | `Couldn't ack`, if the connection")
 
@@ -2347,7 +2412,11 @@ def test_a_message_that_can_not_be_acknowledged_is_logged_with_its_id(caplog):
         raise ConnectionError("broken")
 
     seen = []
-    caplog.handler.addFilter(lambda record: seen.append((record.getMessage(), correlation_id.get())))
+
+    def look(record: logging.LogRecord) -> bool:
+        seen.append((record.getMessage(), correlation_id.get()))
+        return True
+
     with kombu.Connection("memory://") as connection, connection.SimpleQueue("acknowledged") as queue:
         sent = app.amqp.as_task_v2("1f2e", "add")
         queue.put(sent.body, headers=sent.headers, **sent.properties)
@@ -2356,7 +2425,8 @@ def test_a_message_that_can_not_be_acknowledged_is_logged_with_its_id(caplog):
         on_ack, errors = message.ack_log_error, (ConnectionError,)
         with correlation._current("ada-7"):
             request = CorrelatedRequest(message, on_ack=on_ack, app=app, connection_errors=errors, task=add)
-    request.on_accepted(1, time.monotonic())
+    with caplog.filtering(look):  # type: ignore[arg-type]  # a function will do
+        request.on_accepted(1, time.monotonic())
     assert [id for text, id in seen if text.startswith("Couldn't ack")] == ["ada-7"]
 
 
@@ -2409,6 +2479,7 @@ def test_a_message_without_root_id_has_the_task_s_own_id(project):
 def test_a_worker_is_silent_about_a_wrong_format_because_it_redirects_stderr(project, redirects):
     stands(
         "07c",
+        "A line that can't be formatted is dropped, and nothing tells you so.",
         "The task's own line is there, because a task logger has a format of its own (`worker_task_log_format`).",
         "It sends what programs write to stderr to the same log",
     )
@@ -2421,7 +2492,7 @@ def test_a_worker_is_silent_about_a_wrong_format_because_it_redirects_stderr(pro
     task = under(project, "shop", "pack")
     line_of(project, "pack[", ": packed")
     if redirects:
-        assert not any(text in project.log() for text in ("received", task.id, "Logging error"))
+        assert not any(text in project.log() for text in ("received", task.id, "Logging error", "Traceback"))
     else:
         line_of(project, "--- Logging error ---")
 
@@ -2443,6 +2514,25 @@ def prints():
     under(project, "shop", "prints")
     assert line_of(project, "this was logged") == "<ada-7> this was logged"
     assert line_of(project, "this was printed") == "this was printed"
+
+
+@pytest.mark.parametrize("hijack", [False, True])
+def test_a_configuration_of_one_s_own_stays_if_celery_does_not_hijack_the_root_logger(project, hijack):
+    stands("07c", "your own configuration, with `worker_hijack_root_logger=False` or the signal `setup_logging`")
+    settings = f"""
+import logging
+logging.basicConfig(format="<%({HEADER})s> %(message)s", level="INFO")
+app.conf.worker_hijack_root_logger = {hijack}
+@app.task(name="prints")
+def prints():
+    print("this was printed", flush=True)
+    logging.warning("this was logged")
+"""
+    ids_worker(project, "shop", settings=settings)
+    task = under(project, "shop", "prints").id
+    for text in ("this was printed", "this was logged", f"Task prints[{task}] received"):
+        line = line_of(project, text)
+        assert line == f"<ada-7> {text}" if not hijack else line.endswith(f" ada-7] {text}")
 
 
 @pytest.mark.parametrize("id", ["ada-7", None])
@@ -2541,6 +2631,32 @@ def test_two_threads_can_not_use_one_copy_of_a_context():
     first.join()
 
 
+def test_since_python_3_14_a_thread_takes_a_context():
+    stands("07c", "Since Python 3.14, you can also write `Thread(target=function, context=copy_context())`.")
+    seen, since = [], sys.version_info >= (3, 14)
+    with correlation._current("ada-7"), contextlib.nullcontext() if since else pytest.raises(TypeError):
+        thread = threading.Thread(target=lambda: seen.append(correlation_id.get()), context=copy_context())
+        thread.start()
+        thread.join()
+    assert seen == (["ada-7"] if since else [])
+
+
+def test_a_worker_log_format_counts_if_it_comes_after_install():
+    stands("07c", "your own `worker_log_format` has to come after it, and has to name the field")
+    code = """
+from celery import Celery
+from course_tasks.correlation import FORMAT, install
+app = Celery("formats")
+app.conf.worker_log_format = "before"
+install(app)
+print(app.conf.worker_log_format == FORMAT)
+app.conf.worker_log_format = "after"
+print(app.conf.worker_log_format)
+"""
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert said.stdout == "True\nafter\n", said.stderr
+
+
 def test_a_base_class_with_a_request_of_its_own_keeps_that():
     stands("07c", "But if you give one its own `Request`, derive that from `CorrelatedRequest`.")
     code = """
@@ -2599,12 +2715,30 @@ def web_log(project: Project, text: str) -> str:
 
 
 def test_uvicorn_refuses_line_breaks_in_an_id_and_keeps_no_id_for_the_next_request(project):
-    stands("07d", "uvicorn refuses it with status 400", "so the next request does not see this value")
-    with service(project) as port:
+    stands(
+        "07d",
+        "uvicorn refuses it with status 400",
+        "uvicorn runs each request in an asyncio task with a context of its own, so the next request does not see this",
+    )
+    first = "app = BaseHTTPMiddleware(app, with_id)"
+    around = f"""{first}
+inner = app
+async def app(scope, receive, send):
+    if scope["type"] == "http":
+        logging.warning("begins")  # before the middleware
+    await inner(scope, receive, send)
+"""
+    with service(project, lambda source: source.replace(first, around)) as port:
+        with httpx.Client(timeout=30) as client:  # it keeps its connection
+            for id in ("ada-7", "ben-8"):
+                answer = client.post(f"http://127.0.0.1:{port}/orders/ada", headers={"X-Request-ID": id})
+                assert answer.headers["X-Request-ID"] == id
         for broken in (b"X-Request-ID: a\nb", b"X-Request-ID: a\rb"):
             assert post(port, broken).startswith("HTTP/1.1 400")
         assert "x-request-id: ada-7" in post(port).lower()
         assert re.search(r"x-request-id: [0-9a-f]{32}\r", post(port, b"X-Other: 1").lower())
+        begun = [line for line in (project.folder / "web.log").read_text().splitlines() if line.endswith("begins")]
+        assert len(begun) == 4 and all(" WARNING -] " in line for line in begun), begun
 
 
 NEXT = "    response = await call_next(request)\n"
@@ -2632,15 +2766,78 @@ def test_after_a_reset_uvicorn_s_own_lines_have_no_id(project, reset):
         assert ("ERROR eve-9]" in web_log(project, "Exception in ASGI application")) is not reset
 
 
-def test_starlette_has_forty_threads_and_celery_by_itself_no_time_out_for_the_broker():
+def test_starlette_has_forty_threads_and_celery_by_itself_no_time_out_for_the_broker(project):
     stands("07d", "Starlette runs such functions in 40 threads by default", "Celery would have waited until the broker")
 
-    async def threads() -> float:
-        return anyio.to_thread.current_default_thread_limiter().total_tokens
+    async def threads() -> int:
+        inside, release = [], threading.Event()
+
+        def wait(request):
+            inside.append(request)
+            release.wait(60)
+            return PlainTextResponse("")
+
+        transport = httpx.ASGITransport(Starlette(routes=[Route("/", wait)]))
+        async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
+            try:
+                async with anyio.create_task_group() as group:
+                    for _ in range(45):
+                        group.start_soon(client.get, "/")
+                    with anyio.move_on_after(60):
+                        while len(inside) < 40:
+                            await anyio.sleep(0.01)
+                    await anyio.sleep(0.2)  # more than 40 would begin now
+                    number = len(inside)
+                    release.set()
+            finally:
+                release.set()
+        return number
 
     assert anyio.run(threads) == 40
-    assert Channel.socket_timeout is None  # it is passed to redis-py, instead of its five seconds
-    assert Celery(set_as_current=False).conf.broker_transport_options == {}
+    app = project.client()
+    for options, seconds in (({}, None), ({"socket_timeout": 1}, 1)):
+        app.conf.broker_transport_options = options
+        with app.connection_for_write() as connection:
+            connections = connection.default_channel.client.connection_pool
+            connected = connections.get_connection()
+            assert connected._sock.gettimeout() == seconds
+            connections.release(connected)
+
+
+def test_the_broker_may_have_a_message_of_a_client_that_gave_up(project):
+    stands("07d", "the broker may have received the message although the client gave up")
+    there = project.broker.connection_pool.connection_kwargs
+    received = []
+
+    class Mute(socketserver.BaseRequestHandler):
+        """Passes everything on, but no answer to a message that is pushed."""
+
+        def handle(self):
+            with socket.create_connection((there["host"], there["port"])) as server:
+                while data := self.request.recv(65536):
+                    server.sendall(data)
+                    answer = server.recv(65536)
+                    if b"LPUSH" in data:
+                        received.append(answer)
+                    else:
+                        self.request.sendall(answer)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Mute) as mute:
+        mute.daemon_threads = True
+        threading.Thread(target=mute.serve_forever, daemon=True).start()
+        app = project.client()
+        password = f":{there['password']}@" if there.get("password") else ""
+        app.conf.broker_write_url = f"redis://{password}127.0.0.1:{mute.server_address[1]}/{there['db']}"
+        app.conf.broker_transport_options = {"socket_timeout": 1, "socket_connect_timeout": 1}  # as in the chapter
+        for _ in range(5):  # a busy machine may take too long for the greeting already
+            with pytest.raises(OperationalError):
+                app.send_task("order", queue="shop", ignore_result=True)
+            if received:
+                break
+        until(
+            lambda: project.broker.llen("shop") == len(received) > 0, "what was passed on is in the queue", seconds=20
+        )
+        mute.shutdown()
 
 
 def test_a_worker_replaces_an_id_that_forges_lines(project):
@@ -2659,7 +2856,7 @@ def test_a_worker_replaces_an_id_that_forges_lines(project):
     assert "Task pay" not in project.log() and f" {sent.id}] Task pack" in project.log()
 
 
-def test_what_the_library_keeps_by_default_and_with_a_validator_of_none():
+def test_what_the_library_keeps_by_default_and_with_a_validator_of_none(caplog):
     stands(
         "07d", "By default it keeps only ids that look like a UUID", "With `validator=None` it would believe everything"
     )
@@ -2670,7 +2867,13 @@ def test_what_the_library_keeps_by_default_and_with_a_validator_of_none():
             return (await client.get("/", headers={"X-Request-ID": id})).headers["X-Request-ID"] == id
 
     assert anyio.run(kept, "5f0c6e1f9a3b4c7d8e2f1a0b9c8d7e6f") and not anyio.run(kept, "ada-7")
+    [told] = [record for record in caplog.records if record.name == "asgi_correlation_id"]
+    assert told.levelname == "WARNING", "it warns about each id that it refuses"
     assert anyio.run(lambda: kept("ada-7] cancelled [", validator=None))
+    stands("07d", "with `validator=` and a function of your own you decide")
+    own = {"validator": lambda id: id == "ada-7"}
+    assert anyio.run(lambda: kept("ada-7", **own))
+    assert not anyio.run(lambda: kept("5f0c6e1f9a3b4c7d8e2f1a0b9c8d7e6f", **own))
 
 
 def test_the_library_s_variable_has_the_same_name_and_the_request_s_id():
@@ -2726,6 +2929,31 @@ print(f"{span.get_span_context().trace_id:032x}")
     trace_id = project.run("python checkout.py", seconds=60).splitlines()[-1]
     headers = json.loads(project.broker.rpop("nobody"))["headers"]
     assert headers["traceparent"].split("-")[1] == trace_id
+
+
+def test_spans_have_a_start_an_end_and_a_parent(project):
+    stands("07d", "Each piece of work is a **span**, with a start, an end and a parent.")
+    stands("07d", "OpenTelemetry adds durations and parents")
+    ids = "{span.context.span_id:016x} {span.parent.span_id:016x}"
+    line = f'f"span {{span.name}} {ids} {{span.end_time - span.start_time}}\\n"'
+    for cell in cells(copies.chapters()["07d"], "code"):
+        if cell.id in (*TASKS_OF_THE_SHOP, "traced"):
+            magic, _, source = cell.source.partition("\n")
+            with (project.folder / Path(magic.split()[-1]).name).open("a") as file:
+                file.write(re.sub(r'f"span .*?\\n"', lambda _: line, source) + "\n")
+    project.worker("celery -A traced worker --pool=threads --without-mingle --without-gossip")
+    checkout = f"{7:016x}"
+    headers = {"traceparent": f"00-{5:032x}-{checkout}-01"}
+    project.client().send_task("order", args=("ada",), queue="traced", headers=headers)
+    until(lambda: project.log().count("\nspan ") == 7, project.log(), seconds=20)
+    spans = {name: rest for name, *rest in map(str.split, re.findall(r"(?m)^span (.*)", project.log()))}
+    ids = {name: id for name, (id, _, _) in spans.items()}
+    assert spans["run/order"][1] == checkout
+    for name in ("charge", "reserve", "pack"):
+        assert spans[f"run/{name}"][1] == ids[f"apply_async/{name}"]
+        parents = ("run/order",) if name != "pack" else ("run/charge", "run/reserve")
+        assert spans[f"apply_async/{name}"][1] in [ids[parent] for parent in parents]
+    assert int(spans["run/charge"][2]) > 0.25e9, "it sleeps for 0.3 s"
 
 
 def test_a_batch_span_processor_sends_the_spans_in_a_thread_of_its_own():
