@@ -327,9 +327,11 @@ def test_where_a_retry_waits_and_for_how_long(project):
         "a waiting retry survives the death of its worker, even though the first attempt was acknowledged early",
         "another worker puts it back after the visibility timeout",
     )
+    stands("08c", "shouldn't wait for it inside a slot. It comes back later with a retry", "a retry may be overtaken")
     client = start(project, FAST)
     client.send_task("patient", args=(300,))
     assert 200 < seconds_left(project) <= 300
+    client.send_task("early", args=(0,)).get(timeout=20)
     project.backend.delete("redelivered")
     result = client.send_task("patient", args=(20,))
     until(lambda: project.broker.hlen("unacked") == 2, "both retries wait")
@@ -375,6 +377,23 @@ def test_a_lock_belongs_to_its_owner_and_disappears_by_itself(project):
     stands("08c", "Without a timeout, Eve's tasks would retry for ever.")
     assert project.backend.lock("for ever").acquire() and project.backend.ttl("for ever") == -1
     assert 0 < project.backend.pttl("lock") <= 200 or not project.backend.exists("lock")
+
+
+def test_a_lock_and_a_dedupe_key_are_set_in_one_step_and_a_lock_counts_in_seconds(project):
+    stands(
+        "08c",
+        "`SET ... NX` sets it only if it is not there yet, in one step, so only one task can win.",
+        "A **lock** lets one task at a time into a piece of code.",
+        "until the lock's timeout is over, so up to five seconds here",
+    )
+    project.backend.config_resetstat()
+    assert project.backend.set("charged", 1, nx=True, ex=600) and not project.backend.set("charged", 2, nx=True, ex=600)
+    assert project.backend.lock("lock", timeout=600).acquire(blocking=False)
+    assert not project.backend.lock("lock", timeout=600).acquire(blocking=False)
+    commands = project.backend.info("commandstats")
+    assert commands["cmdstat_set"]["calls"] == 4
+    assert not {"cmdstat_exists", "cmdstat_get", "cmdstat_setnx", "cmdstat_expire", "cmdstat_pexpire"} & set(commands)
+    assert 300_000 < project.backend.pttl("lock") <= 600_000 and 300 < project.backend.ttl("charged") <= 600
 
 
 def test_what_a_dead_process_has_not_committed_is_gone(tmp_path):

@@ -43,6 +43,12 @@ def total(numbers):
 def order(numbers):
     return numbers
 
+@app.task(name="countdown")
+def countdown(number):
+    if number:
+        countdown.delay(number - 1)
+    return number
+
 @app.task(name="count")
 def count():
     return Redis.from_url(os.environ["CELERY_BROKER_URL"]).incr("counted")
@@ -219,6 +225,40 @@ def test_the_results_between_are_in_the_backend_and_a_chord_needs_one(till):
         bare.backend_cls = "disabled://"
         with pytest.raises(NotImplementedError):
             chord([call(bare, "price", "milk")], call(bare, "total"), app=bare).delay()
+
+
+def test_a_chain_makes_no_chord_of_a_header_with_one_call_but_chord_does(till):
+    stands(
+        "09",
+        "With only one call in the header, this is no chord but a chain, and `total` gets a single number instead of a "
+        "list.",
+        "Use `chord`, so that it works for a basket with one item, too.",
+    )
+    client = till.client()
+    till.worker(WORKER)
+    header, order = group(call(client, "price", "milk")), call(client, "order")
+    assert chain(header, order, call(client, "twice"), app=client).delay().get(timeout=20) == 8
+    assert chord(header, order, app=client).delay().get(timeout=20) == [4]
+
+
+def test_a_saved_group_is_gone_when_it_is_deleted(till):
+    stands("09", "save it in the backend (and delete it when nobody needs it any more)")
+    client = till.client()
+    prices = group([call(client, "price", "milk"), call(client, "price", "bread")], app=client).delay()
+    prices.save()
+    assert [each.id for each in client.GroupResult.restore(prices.id)] == [each.id for each in prices]
+    prices.delete()
+    assert client.GroupResult.restore(prices.id) is None and not till.backend.exists(f"celery-taskset-meta-{prices.id}")
+
+
+def test_a_task_that_sends_the_next_one_is_the_parent_of_its_result(till):
+    stands("09", "you get the first result only, and the others are its `children`")
+    client = till.client()
+    till.worker(WORKER)
+    first = client.send_task("countdown", args=(2,))
+    first.get(timeout=20)
+    until(lambda: till.log().count("succeeded in") == 3, "all three have run")
+    assert [value for _, value in first.collect(timeout=20)] == [2, 1, 0]
 
 
 # --- 09b -----------------------------------------------------------------------------------------------------

@@ -51,10 +51,13 @@ def senders(project) -> set[int]:
     return {int(re.search(rb'"origin": "gen(\d+)@', text)[1]) for text in project.broker.lrange("ticks", 0, -1)}
 
 
-def test_two_beats_with_one_schedule_file_both_send(project):
-    stands("10", "even if they share a schedule file, both send")
+@pytest.mark.parametrize("files", [("shared", "shared"), ("one", "two")])
+def test_two_beats_both_send(project, files):
+    stands(
+        "10", "no log has an error. The beats don't know of each other, and even if they share a schedule file, both"
+    )
     clock(project, 0.5)
-    beats = [beat(project, "--schedule=shared"), beat(project, "--schedule=shared")]
+    beats = [beat(project, f"--schedule={file}") for file in files]
     try:
         until(lambda: project.broker.llen("ticks") >= 8, "eight messages")
         found = senders(project)
@@ -62,6 +65,8 @@ def test_two_beats_with_one_schedule_file_both_send(project):
         for each in beats:
             ended(each)
     assert found == {each.pid for each in beats}
+    if files[0] != files[1]:
+        assert not re.search("WARNING|ERROR|CRITICAL|Traceback", (project.folder / "beat.log").read_text())
 
 
 def test_a_second_beat_with_the_same_pidfile_refuses_to_start(project):
@@ -95,6 +100,21 @@ def test_beat_does_not_make_up_for_missed_runs(project):
     assert project.broker.llen("ticks") == 1
 
 
+def test_beat_remembers_when_it_last_sent_each_task(project):
+    stands("10", "beat remembers in its **schedule file** (here `beat-one`) when it last sent each task.")
+    clock(project, 0.5)
+    before = datetime.now(UTC)
+    only = beat(project, "--schedule=kept")
+    try:
+        until(lambda: project.broker.llen("ticks") >= 3, "three messages")
+    finally:
+        ended(only)
+    with shelve.open(str(project.folder / "kept")) as kept:
+        entry = kept["entries"]["tick"]
+    assert entry.total_run_count >= 3
+    assert before + timedelta(seconds=1) < entry.last_run_at <= datetime.now(UTC)
+
+
 def test_each_worker_with_b_is_a_beat_of_its_own(project):
     stands("10", "Two workers with `-B` are two beats")
     clock(project, 0.5)
@@ -106,11 +126,12 @@ def test_each_worker_with_b_is_a_beat_of_its_own(project):
     assert len(senders(project)) == 2
 
 
-def test_a_worker_with_gevent_refuses_b(project):
+@pytest.mark.parametrize("pool", ["gevent", "eventlet"])
+def test_a_worker_with_a_green_pool_refuses_b(project, pool):
     stands("10", "A worker with gevent or eventlet refuses it.")
     clock(project)
     with pytest.raises(WrongAnswer, match=r"ended with an error: .*-B option doesn't work with eventlet/gevent pools"):
-        project.run("celery -A clock worker -B --pool=gevent", seconds=60)
+        project.run(f"celery -A clock worker -B --pool={pool}", seconds=60)
     assert not project.broker.exists("ticks")
 
 
@@ -129,6 +150,8 @@ def test_a_standby_is_silent_until_the_leader_s_lock_is_gone(project):
         "10",
         "only the one with the lock, the **leader**, sends. The others wait in silence.",
         "so the other beat has to wait until the lock expires",
+        "when the leader hasn't renewed it for `redbeat_lock_timeout`",
+        "**RedBeat** keeps the schedule in Redis, together with a lock.",
     )
     clock(project, 0.5)
     (project.folder / "red.py").write_text(RED)
@@ -142,11 +165,19 @@ def test_a_standby_is_silent_until_the_leader_s_lock_is_gone(project):
         )
         count = project.broker.llen("ticks")
         until(lambda: project.broker.llen("ticks") >= count + 10, "the leader has sent ten more")
-        assert senders(project) == {leader.pid}
+        assert senders(project) == {leader.pid} and project.broker.exists("redbeat:tick")
+        left = [project.broker.pttl("redbeat::lock")]
+        until(
+            lambda: left.append(project.broker.pttl("redbeat::lock")) or left[-1] > left[-2],
+            "the leader renews its lock",
+            seconds=30,
+        )
+        told = (project.folder / "beat.log").read_text().rpartition("beat: Starting...")[2].splitlines()[1:]
+        assert told and all("Sending due task" in line for line in told)
         leader.send_signal(signal.SIGKILL)
         leader.wait(20)
         count = project.broker.llen("ticks")
-        assert 0 < project.broker.ttl("redbeat::lock") <= 60
+        assert 30 < project.broker.ttl("redbeat::lock") <= 60
         time.sleep(2)
         assert project.broker.llen("ticks") == count
         project.broker.delete("redbeat::lock")
@@ -161,6 +192,7 @@ from celery import Celery
 app = Celery("later")
 app.conf.timezone = "Asia/Tokyo"
 app.conf.enable_utc = {}
+app.conf.broker_transport_options = {{"unacked_restore_interval": 1, "unacked_restore_throttle": 1}}
 @app.task(name="remind")
 def remind():
     pass
@@ -216,6 +248,11 @@ def test_a_worker_lists_a_thousand_waiting_tasks_and_puts_each_back_when_it_is_s
     assert 3000 < commands() - before < 12_000
 
 
+def looks_for_old_copies(project) -> int:
+    """How often a worker has looked for copies that are older than the visibility timeout."""
+    return project.broker.info("commandstats").get("cmdstat_zrange", {"calls": 0})["calls"]
+
+
 def test_messages_with_a_countdown_stay_unacked_when_their_worker_is_killed(project):
     stands("10", "After `kill -9`, they stay in `unacked` until the visibility timeout.")
     later(project, "solo")
@@ -223,10 +260,14 @@ def test_messages_with_a_countdown_stay_unacked_when_their_worker_is_killed(proj
     for _ in range(3):
         client.send_task("remind", countdown=3000)
     until(lambda: project.broker.hlen("unacked") == 3, "the worker holds them all")
+    taken = project.broker.zrange("unacked_index", 0, -1, withscores=True)
     os.kill(node_stats(client, "later")["pid"], signal.SIGKILL)
-    later(project, "solo", name="next")
+    later(project, "prefork", name="next")
+    project.broker.config_resetstat()
     client.send_task("remind").get(timeout=20)
+    until(lambda: looks_for_old_copies(project) >= 2, "the next worker looks for old copies")
     until(lambda: project.broker.hlen("unacked") == 3, "only those three are left")
+    assert project.broker.zrange("unacked_index", 0, -1, withscores=True) == taken, "nobody has taken them again"
 
 
 def test_an_interval_and_the_default_zone_take_no_notice_of_a_clock_change():
