@@ -100,6 +100,19 @@ def note(text, seconds=0):
     return text
 """
 NOTES_WORKER = "celery {option} -A notes worker --without-mingle --without-gossip {more}"
+HOLDS = """
+import time
+from pathlib import Path
+from celery import Celery
+app = Celery("holds")
+@app.task(name="hold")
+def hold():
+    print("holding")
+    while not Path("go").exists():
+        time.sleep(0.05)
+    return "gone on"
+"""
+HOLDS_WORKER = "celery -A holds worker --without-mingle --without-gossip"
 AWAY = "--result-backend redis://localhost:1/0"  # a port on which nothing listens
 
 
@@ -163,6 +176,21 @@ def test_the_environment_s_addresses_win_over_the_code_s_and_backend_cls_over_bo
     app, other = (Celery(set_as_current=False, **code) for _ in range(2))
     other.backend_cls = "redis://localhost:3/0"
     assert [app.connection().port, app.backend.connparams["port"], other.backend.connparams["port"]] == [1, 1, 3]
+
+
+def test_ctrl_c_lets_the_worker_finish_its_tasks(project):
+    stands("00", "press <kbd>Ctrl</kbd>+<kbd>C</kbd> once, and wait until it has finished its tasks.")
+    (project.folder / "holds.py").write_text(HOLDS)
+    project.worker(f"{HOLDS_WORKER} --pool=gevent", seconds=60)
+    client = project.client()
+    pid = node_stats(client, "celery")["pid"]
+    result = client.send_task("hold")
+    until(lambda: "holding" in project.log(), "the task to start")
+    os.kill(pid, signal.SIGINT)
+    until(lambda: "Warm shutdown" in project.log(), "the worker to stop")
+    (project.folder / "go").touch()
+    assert result.get(timeout=60) == "gone on"
+    until(lambda: not psutil.pid_exists(pid), "the end of the worker")
 
 
 def test_a_task_without_a_name_is_called_after_its_module_and_function():
@@ -264,9 +292,15 @@ def test_argsrepr_has_short_arguments_as_they_are_and_shortens_long_ones(project
         assert (password in text) is (password == "s3cret") and text.startswith("('ada', 's3cret")
 
 
-def test_a_worker_that_runs_two_tasks_reserves_more_than_five_messages():
+def test_a_worker_that_runs_two_tasks_takes_five_messages_and_three_have_a_copy(project):
     stands("01", "**b.** The worker has taken all five messages.")
-    assert 2 * Celery(set_as_current=False).conf.worker_prefetch_multiplier > 5
+    stands("01", "the three tasks that still wait inside the worker have a copy, and the two running tasks don't.")
+    (project.folder / "holds.py").write_text(HOLDS)
+    project.worker(f"{HOLDS_WORKER} --pool=threads --concurrency=2", seconds=60)
+    for _ in range(5):
+        project.client().send_task("hold", ignore_result=True)
+    until(lambda: project.log().count("holding") == 2, "two tasks to start")
+    until(lambda: (project.broker.llen("celery"), project.broker.hlen("unacked")) == (0, 3), "three copies")
 
 
 def test_the_environment_s_broker_has_priority(monkeypatch):
