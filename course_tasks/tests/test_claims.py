@@ -188,6 +188,8 @@ def test_ctrl_c_lets_the_worker_finish_its_tasks(project):
     until(lambda: "holding" in project.log(), "the task to start")
     os.kill(pid, signal.SIGINT)
     until(lambda: "Warm shutdown" in project.log(), "the worker to stop")
+    until(lambda: not project.broker.pubsub_numpat() + len(project.broker.pubsub_channels()), "its mailbox is closed")
+    time.sleep(1)  # in which a worker that does not wait would end
     (project.folder / "go").touch()
     assert result.get(timeout=60) == "gone on"
     until(lambda: not psutil.pid_exists(pid), "the end of the worker")
