@@ -7,7 +7,6 @@ takes `project`: an empty folder with servers of its own (see exercises/project.
 import base64
 import contextlib
 import inspect
-import itertools
 import json
 import logging
 import os
@@ -33,6 +32,7 @@ import anyio
 import asgi_correlation_id
 import billiard.pool
 import celery.backends
+import celery.backends.asynchronous
 import celery.exceptions
 import httpx
 import kombu
@@ -102,6 +102,19 @@ def note(text, seconds=0):
     return text
 """
 NOTES_WORKER = "celery {option} -A notes worker --without-mingle --without-gossip {more}"
+HOLDS = """
+import time
+from pathlib import Path
+from celery import Celery
+app = Celery("holds")
+@app.task(name="hold")
+def hold():
+    print("holding")
+    while not Path("go").exists():
+        time.sleep(0.05)
+    return "gone on"
+"""
+HOLDS_WORKER = "celery -A holds worker --without-mingle --without-gossip"
 AWAY = "--result-backend redis://localhost:1/0"  # a port on which nothing listens
 
 
@@ -120,9 +133,36 @@ def writes(project: Project) -> int:
 # --- 00 ------------------------------------------------------------------------------------------------------
 
 
-def test_get_waits_for_ever_if_it_is_not_told_how_long():
-    stands("00", "Without a `timeout`, `get` would wait for ever")
+def test_get_waits_as_long_as_it_is_told_and_otherwise_for_ever(project, monkeypatch):
+    stands(
+        "00",
+        "`get` waits for the result, in this case for ten seconds at most.",
+        "`get` waited for two seconds, which was our `timeout=2`",
+        "Without a `timeout`, `get` would wait for ever",
+    )
+    client = project.client()
+    start = time.monotonic()
+    with pytest.raises(ResultTimeout):
+        client.AsyncResult("never-sent").get(timeout=2)
+    assert time.monotonic() - start >= 2
     assert inspect.signature(AsyncResult.get).parameters["timeout"].default is None
+    days: list[int] = []
+
+    def next_day():
+        days.append(86_400)
+        threading.Timer(3, client.backend.store_result, ["sent", 42, "SUCCESS"]).start()
+
+    clock = SimpleNamespace(monotonic=lambda: sum(days), sleep=time.sleep)
+    monkeypatch.setattr(celery.backends.asynchronous, "time", clock)
+    assert client.AsyncResult("sent").get(on_interval=next_day) == 42
+
+
+def test_the_banner_has_the_addresses_of_the_broker_and_of_the_backend(project):
+    stands("00", "`transport` is the address of the broker, and `results` is the address of the backend.")
+    stands("02", "In the banner, `results:` is the address of the backend.")
+    notes(project)
+    ports = [str(server.connection_pool.connection_kwargs["port"]) for server in (project.broker, project.backend)]
+    assert re.findall(r"(?:transport|results): +redis://\S+:(\d+)/", project.log()) == ports
 
 
 def test_the_environment_s_addresses_win_over_the_code_s_and_backend_cls_over_both(monkeypatch):
@@ -137,6 +177,23 @@ def test_the_environment_s_addresses_win_over_the_code_s_and_backend_cls_over_bo
     app, other = (Celery(set_as_current=False, **code) for _ in range(2))
     other.backend_cls = "redis://localhost:3/0"
     assert [app.connection().port, app.backend.connparams["port"], other.backend.connparams["port"]] == [1, 1, 3]
+
+
+def test_ctrl_c_lets_the_worker_finish_its_tasks(project):
+    stands("00", "press <kbd>Ctrl</kbd>+<kbd>C</kbd> once, and wait until it has finished its tasks.")
+    (project.folder / "holds.py").write_text(HOLDS)
+    project.worker(f"{HOLDS_WORKER} --pool=gevent", seconds=60)
+    client = project.client()
+    pid = node_stats(client, "celery")["pid"]
+    result = client.send_task("hold")
+    until(lambda: "holding" in project.log(), "the task to start")
+    os.kill(pid, signal.SIGINT)
+    until(lambda: "Warm shutdown" in project.log(), "the worker to stop")
+    until(lambda: not project.broker.pubsub_numpat() + len(project.broker.pubsub_channels()), "its mailbox is closed")
+    time.sleep(1)  # in which a worker that does not wait would end
+    (project.folder / "go").touch()
+    assert result.get(timeout=60) == "gone on"
+    until(lambda: not psutil.pid_exists(pid), "the end of the worker")
 
 
 def test_a_task_without_a_name_is_called_after_its_module_and_function():
@@ -215,6 +272,13 @@ def test_unacked_index_says_when_a_message_was_taken(project):
         assert project.broker.hlen("unacked") == 1
 
 
+def test_origin_is_the_program_that_sent_the_message(project):
+    stands("01", "its id, and which program sent it (`origin`)")
+    project.client().send_task("buy", ignore_result=True)
+    sent = json.loads(project.broker.lindex("celery", 0))
+    assert sent["headers"]["origin"] == f"gen{os.getpid()}@{socket.gethostname()}"
+
+
 def test_clients_push_a_message_in_at_the_left_end(project):
     stands("01", "Clients push a message in at the left end of the list")
     for number in (1, 2):
@@ -231,9 +295,15 @@ def test_argsrepr_has_short_arguments_as_they_are_and_shortens_long_ones(project
         assert (password in text) is (password == "s3cret") and text.startswith("('ada', 's3cret")
 
 
-def test_a_worker_that_runs_two_tasks_reserves_more_than_five_messages():
+def test_a_worker_that_runs_two_tasks_takes_five_messages_and_three_have_a_copy(project):
     stands("01", "**b.** The worker has taken all five messages.")
-    assert 2 * Celery(set_as_current=False).conf.worker_prefetch_multiplier > 5
+    stands("01", "the three tasks that still wait inside the worker have a copy, and the two running tasks don't.")
+    (project.folder / "holds.py").write_text(HOLDS)
+    project.worker(f"{HOLDS_WORKER} --pool=threads --concurrency=2", seconds=60)
+    for _ in range(5):
+        project.client().send_task("hold", ignore_result=True)
+    until(lambda: project.log().count("holding") == 2, "two tasks to start")
+    until(lambda: (project.broker.llen("celery"), project.broker.hlen("unacked")) == (0, 3), "three copies")
 
 
 def test_the_environment_s_broker_has_priority(monkeypatch):
@@ -255,12 +325,11 @@ def test_a_client_tries_four_times_and_a_worker_a_hundred_times(monkeypatch):
 
     monkeypatch.setattr(Connection, "_connect", refused)
     app = Celery(set_as_current=False)
+    pauses = []
+    monkeypatch.setattr("kombu.utils.functional.sleep", pauses.append)
     with pytest.raises(OperationalError):
         app.send_task("buy", ignore_result=True)
-    assert len(attempts) == 4
-    policy = app.conf.task_publish_retry_policy
-    pauses = fxrange(policy["interval_start"], policy["interval_max"], policy["interval_step"], repeatlast=True)
-    assert sum(itertools.islice(pauses, policy["max_retries"])) < 1
+    assert len(attempts) == 4 and sum(pauses) < 1
     assert app.conf.broker_connection_max_retries == 100
 
 
@@ -271,11 +340,17 @@ def test_a_worker_gives_up_when_it_has_tried_that_often(project):
     assert "(1/1)" in project.log()
 
 
-def test_a_silent_broker_is_waited_for_without_end_but_not_by_the_course_s_app():
+def test_a_silent_broker_is_waited_for_without_end_but_not_by_the_course_s_app(project):
     stands("01", "by default, `send_task` then waits without end", "the course's app sets `socket_timeout`")
-    assert Channel.socket_timeout is None  # it is passed to redis-py, instead of its five seconds
-    assert Celery(set_as_current=False).conf.broker_transport_options == {}
-    assert course_app.conf.broker_transport_options["socket_timeout"] == 5
+
+    def patience(app) -> float | None:
+        with app.connection_for_write() as connection:
+            return connection.default_channel.client.connection_pool.make_connection().socket_timeout
+
+    client = project.client()
+    assert patience(client) is None, "and not the five seconds of redis-py"
+    client.conf.broker_transport_options = course_app.conf.broker_transport_options
+    assert patience(client) == client.conf.broker_transport_options["socket_timeout"] == 5
 
 
 def test_a_message_whose_arrival_is_not_confirmed_is_sent_twice(project):
@@ -329,7 +404,7 @@ def test_without_files_a_killed_server_has_nothing_left(tmp_path):
 
 
 def test_a_worker_does_not_start_on_a_full_broker(project):
-    stands("01b", "A worker that is started now would end at once.")
+    stands("01b", "A worker that is started now would end at once.", "raise `maxmemory` and start the workers again.")
     project.folder.joinpath("shop.py").write_text(SHOP)
     project.client().send_task("buy", args=(1,), ignore_result=True)
     project.broker.config_set("maxmemory", "100kb")
@@ -337,6 +412,10 @@ def test_a_worker_does_not_start_on_a_full_broker(project):
     with pytest.raises(WrongAnswer, match="ended before it was ready"):
         project.worker(f"celery -A shop worker {QUICK}")
     assert "OutOfMemoryError" in project.log() and project.broker.llen("celery") == 1
+    project.broker.config_set("maxmemory", "0")
+    project.worker(f"celery -A shop worker {QUICK}", seconds=60)
+    logged(project, "Task buy")
+    until(lambda: not project.broker.exists("celery", "unacked"), "the task to be done")
 
 
 def test_messages_that_a_worker_cannot_put_back_stay_in_unacked(project):
@@ -359,6 +438,43 @@ def test_purge_asks_first_and_f_is_for_not_asking(project):
     project.run("sh -c 'echo n | celery -A notes purge || true'")
     assert project.broker.llen("celery") == 1
     assert "Purged 1 message" in project.run("celery -A notes purge -f")
+
+
+def test_a_bare_purge_empties_all_queues_of_the_app_with_all_their_lists(project):
+    stands("01b", "without `-Q`, the command empties every queue that the app knows")
+    stands("01b", "`purge -Q NAME` empties one queue, and a bare `purge` empties all that the app knows.")
+    (project.folder / "post.py").write_text(
+        "from celery import Celery\nfrom kombu import Queue\n"
+        'app = Celery("post", task_queues=[Queue("parcels"), Queue("returns")])\n'
+    )
+    for queue, priority in [("parcels", 0), ("returns", 0), ("returns", 9), ("letters", 0)]:
+        project.client().send_task("note", queue=queue, priority=priority, ignore_result=True)
+    assert "Purged 3 messages from 2 known task queues." in project.run("celery -A post purge -f", seconds=60)
+    kept = [key for key in project.broker.scan_iter() if not key.startswith(b"_kombu.binding")]
+    assert kept == [b"letters"]
+
+
+def test_a_route_s_pattern_has_to_fit_the_whole_name():
+    stands("01b", "but the pattern has to fit the whole name")
+    app = Celery(set_as_current=False, task_routes={"mail.*.send": {"queue": "letters"}})
+    for name, queue in [("mail.bulk.send", "letters"), ("a.mail.bulk.send", "celery"), ("mail.bulk.sends", "celery")]:
+        assert app.amqp.router.route({}, name)["queue"].name == queue, name
+
+
+def test_ten_priorities_are_in_four_lists(project):
+    stands("01b", "Celery keeps the priorities 0 to 9 in four steps with Redis: 0, 3, 6 and 9.", "up to four lists")
+    for priority in range(10):
+        project.client().send_task("note", queue="parcels", priority=priority, ignore_result=True)
+    kept = {}
+    for key in project.broker.keys("parcels*"):
+        messages = map(json.loads, project.broker.lrange(key, 0, -1))
+        kept[key] = {message["properties"]["priority"] for message in messages}
+    assert kept == {
+        b"parcels": {0, 1, 2},
+        b"parcels\x06\x163": {3, 4, 5},
+        b"parcels\x06\x166": {6, 7, 8},
+        b"parcels\x06\x169": {9},
+    }
 
 
 def test_a_password_in_the_url_and_the_name_of_the_machine():
@@ -521,7 +637,7 @@ def test_flaky_is_tried_again_after_a_second_and_add_long_takes_its_time(project
 
 def test_get_passes_on_what_it_hears_meanwhile_about_another_task(project):
     """As it does when a client was too busy to begin waiting before the other task was over."""
-    stands("02b", "`get` hands over what it hears while it waits, so after a busy moment an announcement about another")
+    stands("02b", "`get` passes on every announcement that it receives while it waits. After a busy moment, one of")
     project.worker("celery -A course_tasks worker --pool=solo --without-mingle --without-gossip")
     client, heard = project.client(), []
     add, other = client.send_task("add", args=(4, 5)), client.send_task("add", args=(1, 2))
