@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PAUSE = 0.02  # seconds between two looks at a condition
-ANSWER = 1.0  # seconds for one answer of a worker; then it is asked again
+ANSWER = 1.0  # seconds for the first answer of a worker; then it is asked again, with twice the patience
 QUESTIONS = (
     *("stats", "active", "reserved", "scheduled", "revoked", "registered", "active_queues"),
     *("conf", "report", "ping", "clock"),
@@ -235,10 +235,16 @@ def ask_worker(client: "Celery", name: str, question: str = "stats", seconds: fl
     deadline = time.monotonic() + seconds
     with _servers_answer(), client.connection_for_write() as connection:
         connection.ensure_connection(max_retries=1, timeout=seconds)  # else Celery would try to connect for ever
-        while (left := deadline - time.monotonic()) > 0:
-            asked = client.control.inspect([node], timeout=min(ANSWER, left), connection=connection, limit=1)
+        patience = ANSWER
+        while (left := deadline - (begin := time.monotonic())) > 0:
+            patience = min(patience, left)
+            asked = client.control.inspect([node], timeout=patience, connection=connection, limit=1)
             if answers := getattr(asked, question)():
                 return answers[node]
+            # What ends the wait early is a late answer to the question before, which Celery drops. If the next question
+            # came at once, the answer to this one would be too late in the same way.
+            time.sleep(max(0, begin + patience - time.monotonic()))
+            patience *= 2
     raise ClassroomError(
         f"No worker called {node} has answered within {seconds:g} s. Is it running? (A solo worker can't "
         "answer while it runs a task.)"

@@ -125,6 +125,32 @@ def test_a_worker_that_starts_later_is_asked_until_it_answers(client):
 LATE = "print('asking', flush=True); print(ask_worker(Celery(), 'late', seconds=60)['pool']['implementation'][-13:-9])"
 
 
+SLOW = """
+import sys, time
+import kombu.pidbox
+from celery.__main__ import main
+handle = kombu.pidbox.Node.handle_message
+def slowly(*args, **kwargs):
+    time.sleep(1.5)
+    return handle(*args, **kwargs)
+kombu.pidbox.Node.handle_message = slowly
+sys.argv = "celery -A course_tasks worker -Q slow -n slow@%h --pool=solo --without-mingle --loglevel=INFO".split()
+main()
+"""
+
+
+def test_a_worker_that_takes_longer_than_the_first_patience_answers_in_the_end(client):
+    """Each answer comes when the next question has been asked already, and must not be taken for its answer."""
+    command = [sys.executable, "-c", SLOW]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as worker:
+        try:
+            assert any(line.endswith(" ready.\n") for line in worker.stdout)
+            threading.Thread(target=worker.stdout.read, daemon=True).start()
+            assert ask_worker(client, "slow", "ping", seconds=30) == {"ok": "pong"}
+        finally:
+            worker.kill()
+
+
 def test_a_worker_that_does_not_answer_and_a_wrong_question_have_one_clear_line(client):
     with one_line(f"No worker called w9@{socket.gethostname()} has answered within 0.3 s. Is it running?", "solo"):
         ask_worker(client, "w9", seconds=0.3)
