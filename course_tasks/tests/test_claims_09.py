@@ -15,6 +15,7 @@ from course_tasks.tests.plugin import logged, node_stats, stands, until
 
 TILL = """
 import os
+import time
 from celery import Celery
 from redis import Redis
 
@@ -23,7 +24,8 @@ if os.environ.get("NO_BACKEND"):
     app.backend_cls = "disabled://"
 
 @app.task(name="price")
-def price(item):
+def price(item, seconds=0):
+    time.sleep(seconds)
     return len(item)
 
 @app.task(name="weigh")
@@ -396,7 +398,7 @@ def test_nobody_stores_anything_behind_a_revoked_head(parts):
     )
     client = parts.client()
     parts.worker(PARTS_WORKER.format(1))
-    last = chain(call(client, "ok", countdown=1), call(client, "ok"), call(client, "ok"), app=client).delay()
+    last = chain(call(client, "ok", countdown=6), call(client, "ok"), call(client, "ok"), app=client).delay()
     last.parent.parent.revoke()
     logged(parts, f"Discarding revoked task: ok[{last.parent.parent.id}]")
     call(client, "ok").delay().get(timeout=20)
