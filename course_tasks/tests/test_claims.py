@@ -6,6 +6,7 @@ takes `project`: an empty folder with servers of its own (see exercises/project.
 
 import base64
 import contextlib
+import functools
 import inspect
 import json
 import logging
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextvars import copy_context
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -342,43 +344,63 @@ def test_a_worker_gives_up_when_it_has_tried_that_often(project):
 
 def test_a_silent_broker_is_waited_for_without_end_but_not_by_the_course_s_app(project):
     stands("01", "by default, `send_task` then waits without end", "the course's app sets `socket_timeout`")
-
-    def patience(app) -> float | None:
-        with app.connection_for_write() as connection:
-            return connection.default_channel.client.connection_pool.make_connection().socket_timeout
-
     client = project.client()
-    assert patience(client) is None, "and not the five seconds of redis-py"
+    assert timeout_of(client) is None, "and not the five seconds of redis-py"
     client.conf.broker_transport_options = course_app.conf.broker_transport_options
-    assert patience(client) == client.conf.broker_transport_options["socket_timeout"] == 5
+    assert timeout_of(client) == client.conf.broker_transport_options["socket_timeout"] == 5
 
 
-def test_a_message_whose_arrival_is_not_confirmed_is_sent_twice(project):
-    stands("01", "So it sends the message once more, and then the message waits in the queue twice.")
+def timeout_of(app: Celery) -> float | None:
+    """How long a client's connection to the broker waits for an answer, in seconds."""
+    with app.connection_for_write() as connection:
+        connections = connection.default_channel.client.connection_pool
+        connected = connections.get_connection()
+        try:
+            return connected._sock.gettimeout()
+        finally:
+            connections.release(connected)
+
+
+@contextlib.contextmanager
+def behind_a_proxy(project: Project, answer: Callable[[bytes, bytes], bytes | None]):
+    """A client whose requests to the project's broker are passed on by a proxy.
+
+    `answer` takes a request and the broker's answer, and returns what the client gets; None closes the connection.
+    """
     there = project.broker.connection_pool.connection_kwargs
-    cut = []
 
-    class Between(socketserver.BaseRequestHandler):
-        """Passes everything on, except for the answer to the first message that is pushed."""
-
+    class Proxy(socketserver.BaseRequestHandler):
         def handle(self):
             with socket.create_connection((there["host"], there["port"])) as server:
                 while data := self.request.recv(65536):
                     server.sendall(data)
-                    if b"LPUSH" in data and not cut:
-                        cut.append(data)
-                        until(lambda: project.broker.llen("celery"), "the message in its queue")
+                    if (told := answer(data, server.recv(65536))) is None:
                         return
-                    self.request.sendall(server.recv(65536))
+                    self.request.sendall(told)
 
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Between) as between:
-        between.daemon_threads = True
-        threading.Thread(target=between.serve_forever, daemon=True).start()
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Proxy) as proxy:
+        proxy.daemon_threads = True
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
         app = project.client()
         password = f":{there['password']}@" if there.get("password") else ""
-        app.conf.broker_write_url = f"redis://{password}127.0.0.1:{between.server_address[1]}/{there['db']}"
+        app.conf.broker_write_url = f"redis://{password}127.0.0.1:{proxy.server_address[1]}/{there['db']}"
+        yield app
+        proxy.shutdown()
+
+
+def test_a_message_whose_arrival_is_not_confirmed_is_sent_twice(project):
+    stands("01", "So it sends the message once more, and then the message waits in the queue twice.")
+    cut = []
+
+    def answer(request: bytes, reply: bytes) -> bytes | None:
+        if b"LPUSH" not in request or cut:
+            return reply
+        cut.append(request)
+        until(lambda: project.broker.llen("celery"), "the message in its queue")
+        return None
+
+    with behind_a_proxy(project, answer) as app:
         app.send_task("buy", ignore_result=True)
-        between.shutdown()
     ids = [json.loads(raw)["headers"]["id"] for raw in project.broker.lrange("celery", 0, -1)]
     assert len(ids) == 2 and len(set(ids)) == 1
 
@@ -877,7 +899,8 @@ def test_a_client_that_was_connected_hears_at_once_that_the_backend_is_gone(proj
     with pytest.raises(ResultTimeout):
         asked.get(timeout=0.01)
     project.backend.shutdown(nosave=True)
-    with pytest.raises((RuntimeError, OperationalError)):
+    # the latter if the client has noticed it already
+    with pytest.raises((RuntimeError, OperationalError), match=r"Retry limit exceeded|Connection refused"):
         for _ in range(2):
             client.send_task("note")
     with pytest.raises(RedisConnectionError):  # and no RuntimeError, which comes after the retries
@@ -1330,9 +1353,9 @@ def test_sigquit_is_a_cold_stop_and_a_soft_timeout_makes_no_difference_to_sigter
     stands("03c", "Without that option it would have been lost")
     write_risk(tmp_path, worker_soft_shutdown_timeout=0.5)
     client = project.client()
-    for number in (1, 2):
+    for number, seconds in ((1, 6), (2, 60)):
         project.worker(f"{RISKY} --concurrency=1 -n w{number}@%h -Q q{number}")
-        result = client.send_task("early", args=({1: 6, 2: 60}[number],), queue=f"q{number}")
+        result = client.send_task("early", args=(seconds,), queue=f"q{number}")
         pid = node_stats(client, f"w{number}")["pid"]
         until(lambda: result.state == "STARTED", "the task starts")  # noqa: B023
         asked = time.monotonic()
@@ -1340,7 +1363,8 @@ def test_sigquit_is_a_cold_stop_and_a_soft_timeout_makes_no_difference_to_sigter
         until(lambda: not psutil.pid_exists(pid), "the worker ends")  # noqa: B023
         assert result.state == {1: "SUCCESS", 2: "RETRY"}[number]
         assert not project.broker.exists(f"q{number}", "unacked")
-        assert time.monotonic() - asked < 60  # it did not wait for the task of a minute
+        # what docker waits for, and far more than the 0.5 s of the setting; a warm stop waits for its task, too
+        assert time.monotonic() - asked < 10 + (seconds if number == 1 else 0)
         assert ("Cold shutdown" in project.log()) == (number == 2)
 
 
@@ -2712,6 +2736,7 @@ def test_how_an_id_gets_into_a_thread_and_into_a_greenlet(project):
     )
     settings = """
 import asyncio, gevent, logging, threading
+from collections.abc import Callable
 from contextvars import copy_context
 log = logging.getLogger("library").warning
 async def tell():
@@ -2798,14 +2823,19 @@ WEB = ("web", "web-order", "web-id", "log-config")  # the cells that write the w
 TASKS_OF_THE_SHOP = ("shop", "shop-tasks")
 
 
-@contextlib.contextmanager
-def service(project: Project, edit=lambda source: source):
-    """The chapter's web service under uvicorn, on the project's broker; gives its port."""
+def write_cells(project: Project, *ids: str, edit=lambda source: source) -> None:
+    """Write the files of the chapter's `%%writefile` cells with these ids."""
     for cell in cells(copies.chapters()["07d"], "code"):
-        if cell.id in (*WEB, *TASKS_OF_THE_SHOP):
+        if cell.id in ids:
             magic, _, source = cell.source.partition("\n")
             with (project.folder / Path(magic.split()[-1]).name).open("a") as file:
                 file.write(edit(source) + "\n")
+
+
+@contextlib.contextmanager
+def service(project: Project, edit=lambda source: source):
+    """The chapter's web service under uvicorn, on the project's broker; gives its port."""
+    write_cells(project, *WEB, *TASKS_OF_THE_SHOP, edit=edit)
     port = free_port()
     command = [sys.executable, "-m", "uvicorn", "web:app", "--port", str(port), "--log-config", "log.json"]
     process = subprocess.Popen(command, cwd=project.folder, env=project.environment)
@@ -2895,56 +2925,36 @@ def test_starlette_has_forty_threads_and_celery_by_itself_no_time_out_for_the_br
             return PlainTextResponse("")
 
         transport = httpx.ASGITransport(Starlette(routes=[Route("/", wait)]))
-        async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
-            try:
-                async with anyio.create_task_group() as group:
-                    for _ in range(45):
-                        group.start_soon(client.get, "/")
-                    with anyio.move_on_after(60):
-                        while len(inside) < 40:
-                            await anyio.sleep(0.01)
-                    await anyio.sleep(0.2)  # more than 40 would begin now
-                    number = len(inside)
-                    release.set()
-            finally:
-                release.set()
+        client = httpx.AsyncClient(transport=transport, base_url="http://shop")
+        async with client, anyio.create_task_group() as group:
+            for _ in range(45):
+                group.start_soon(client.get, "/")
+            with anyio.move_on_after(60):
+                while len(inside) < 40:
+                    await anyio.sleep(0.01)
+            await anyio.sleep(0.2)  # more than 40 would begin now
+            number = len(inside)
+            release.set()
         return number
 
     assert anyio.run(threads) == 40
     app = project.client()
     for options, seconds in (({}, None), ({"socket_timeout": 1}, 1)):
         app.conf.broker_transport_options = options
-        with app.connection_for_write() as connection:
-            connections = connection.default_channel.client.connection_pool
-            connected = connections.get_connection()
-            assert connected._sock.gettimeout() == seconds
-            connections.release(connected)
+        assert timeout_of(app) == seconds
 
 
 def test_the_broker_may_have_a_message_of_a_client_that_gave_up(project):
     stands("07d", "the broker may have received the message although the client gave up")
-    there = project.broker.connection_pool.connection_kwargs
     received = []
 
-    class Mute(socketserver.BaseRequestHandler):
-        """Passes everything on, but no answer to a message that is pushed."""
+    def answer(request: bytes, reply: bytes) -> bytes:
+        if b"LPUSH" not in request:
+            return reply
+        received.append(reply)
+        return b""
 
-        def handle(self):
-            with socket.create_connection((there["host"], there["port"])) as server:
-                while data := self.request.recv(65536):
-                    server.sendall(data)
-                    answer = server.recv(65536)
-                    if b"LPUSH" in data:
-                        received.append(answer)
-                    else:
-                        self.request.sendall(answer)
-
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Mute) as mute:
-        mute.daemon_threads = True
-        threading.Thread(target=mute.serve_forever, daemon=True).start()
-        app = project.client()
-        password = f":{there['password']}@" if there.get("password") else ""
-        app.conf.broker_write_url = f"redis://{password}127.0.0.1:{mute.server_address[1]}/{there['db']}"
+    with behind_a_proxy(project, answer) as app:
         app.conf.broker_transport_options = {"socket_timeout": 1, "socket_connect_timeout": 1}  # as in the chapter
         for _ in range(5):  # a busy machine may take too long for the greeting already
             with pytest.raises(OperationalError):
@@ -2954,18 +2964,11 @@ def test_the_broker_may_have_a_message_of_a_client_that_gave_up(project):
         until(
             lambda: project.broker.llen("shop") == len(received) > 0, "what was passed on is in the queue", seconds=20
         )
-        mute.shutdown()
 
 
 def test_a_worker_replaces_an_id_that_forges_lines(project):
     stands("07d", "It replaces an id that isn't fit for a log by the id of the first task.")
-    (project.folder / "shop.py").write_text(
-        "\n".join(
-            cell.source.partition("\n")[2]
-            for cell in cells(copies.chapters()["07d"], "code")
-            if cell.id in TASKS_OF_THE_SHOP
-        )
-    )
+    write_cells(project, *TASKS_OF_THE_SHOP)
     project.worker("celery -A shop worker --pool=threads --without-mingle --without-gossip")
     forged = {HEADER: "ada-7\n[2026-01-01 00:00:00,000 INFO ben-8] Task pay[1] succeeded"}
     sent = project.client().send_task("order", args=("ada",), queue="shop", headers=forged)
@@ -3053,11 +3056,8 @@ def test_spans_have_a_start_an_end_and_a_parent(project):
     stands("07d", "OpenTelemetry adds durations and parents")
     ids = "{span.context.span_id:016x} {span.parent.span_id:016x}"
     line = f'f"span {{span.name}} {ids} {{span.end_time - span.start_time}}\\n"'
-    for cell in cells(copies.chapters()["07d"], "code"):
-        if cell.id in (*TASKS_OF_THE_SHOP, "traced"):
-            magic, _, source = cell.source.partition("\n")
-            with (project.folder / Path(magic.split()[-1]).name).open("a") as file:
-                file.write(re.sub(r'f"span .*?\\n"', lambda _: line, source) + "\n")
+    edit = functools.partial(re.sub, r'f"span .*?\\n"', lambda _: line)
+    write_cells(project, *TASKS_OF_THE_SHOP, "traced", edit=edit)
     project.worker("celery -A traced worker --pool=threads --without-mingle --without-gossip")
     checkout = f"{7:016x}"
     headers = {"traceparent": f"00-{5:032x}-{checkout}-01"}
