@@ -35,6 +35,7 @@ KEPT, SHOWN, PRINTED = 20_000, 300, 1000  # lines: kept in the log, shown in the
 KEPT_SIZE, SHOWN_SIZE, PRINTED_SIZE = 10_000_000, 60_000, 100_000  # the same in characters
 LONGEST = 2000  # characters that are kept of a line
 INTERVAL = 0.15  # seconds between two updates of a pane: smooth to the eye, light for the browser
+STOPPED = 45.0  # seconds to wait for a stop: a prefork worker without a task may take over 30 (chapter 03c)
 RATE = 500_000  # characters a second that a pane's updates may have: a larger pane is updated less often
 # In a container, where people are root, a worker would begin each pane with eight lines about that.
 NOT_ROOT = "ignore:You're running the worker with superuser privileges"
@@ -375,7 +376,7 @@ class TerminalMagics(Magics):
         if not 1 <= options.lines <= SHOWN:
             raise ClassroomError(f"--lines takes a whole number from 1 to {SHOWN}, not {options.lines}.")
         if options.name in self.terminals and self.terminals[options.name].running:
-            self._end([self.terminals[options.name]], b"t", 30)
+            self._end([self.terminals[options.name]], b"t", STOPPED)
             print(f"{options.name} was running, and was stopped first.")
         try:
             ready = re.compile(_unquoted(options.ready))
@@ -472,7 +473,7 @@ class TerminalMagics(Magics):
     @magic_arguments()
     @argument("names", nargs="*", help="which terminals; all that run in this notebook if none is named")
     @argument("--everywhere", action="store_true", help="all that run in any notebook of this copy of the course")
-    @argument("--timeout", type=float, default=30, help="seconds to wait for their ends (default: 30)")
+    @argument("--timeout", type=float, default=STOPPED, help=f"seconds to wait for their ends (default: {STOPPED:g})")
     @line_magic
     def stop(self, line: str) -> None:
         """Stop terminals, all together: SIGTERM, on which a worker finishes its running tasks first."""

@@ -27,6 +27,7 @@ from course_tasks.celery import app
 from course_tasks.classroom.broker_view import BrokerView
 from course_tasks.classroom.errors import ClassroomError
 from course_tasks.classroom.journey import Journey
+from course_tasks.classroom.terminal import STOPPED
 from course_tasks.install import ROOT
 from course_tasks.servers import without_secrets
 from course_tasks.tests.plugin import free_ports, listens, until
@@ -69,7 +70,7 @@ def working(number: int, *options: str, node: str | None = None):
     finally:
         process.terminate()
         try:
-            process.wait(20)
+            process.wait(STOPPED)
         except subprocess.TimeoutExpired:
             process.kill()
 

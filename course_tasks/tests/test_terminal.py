@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from billiard import pool
 
 from course_tasks import servers
 from course_tasks.authoring import kernels
@@ -317,6 +318,14 @@ def test_a_warm_stop_that_takes_too_long_is_said_so_and_kill_helps(kernel, mark)
     kernel.run(cell(mark, script=DEAF))
     assert "%kill one" in kernel.error("%stop one --timeout 0.5")
     assert kernel.text("%kill one") == "one: killed\n"
+
+
+@pytest.mark.parametrize("stop", ["%%terminal one\necho", "%stop one"])
+def test_a_stop_has_the_time_that_a_prefork_child_may_take_for_its_last_result(kernel, mark, stop):
+    longest = pool.GUARANTEE_MESSAGE_CONSUMPTION_RETRY_LIMIT * pool.GUARANTEE_MESSAGE_CONSUMPTION_RETRY_INTERVAL
+    slow = f"import signal, time; signal.signal(15, lambda *_: (time.sleep({longest + 2}), exit())); "
+    kernel.run(cell(mark, script=slow + WAITING))
+    assert re.match("one was running, and was stopped first|one: stopped", kernel.run(stop)[0].get("text", ""))
 
 
 HALF_STARTED = """import time
