@@ -1,15 +1,19 @@
 """The chapters' equipment: wait for a condition, run many tasks, ask a worker, follow a log, measure memory."""
 
+import ast
 import contextlib
 import random
 import re
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 from celery.exceptions import TimeoutError as ResultTimeout
+from executing import Source
 from IPython import get_ipython
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
@@ -71,7 +75,7 @@ def wait_until(condition: Callable[[], T], seconds: float = 10, what: str = "") 
     Args:
         condition: called with nothing, about fifty times a second. Its own errors pass through.
         seconds: how long to wait at most.
-        what: what you are waiting for, for the error message.
+        what: what you are waiting for, for the error message. Without it, the message shows the condition.
 
     Returns:
         What the condition returned in the end.
@@ -87,10 +91,20 @@ def wait_until(condition: Callable[[], T], seconds: float = 10, what: str = "") 
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         if time.monotonic() > deadline:
-            about = f" for {what}" if what else ""
-            raise ClassroomError(f"Waited {seconds:g} s{about}, but it didn't happen. Look at the log with %tail.")
+            about = f"for {what}, but it didn't happen" if what else f"in vain for this: {_condition(sys._getframe(1))}"
+            raise ClassroomError(f"Waited {seconds:g} s {about}. Look at the log with %tail.")
         time.sleep(PAUSE)
     return found
+
+
+def _condition(frame: FrameType) -> str:
+    """What the call of `wait_until` in a frame waits for, as its author has written it."""
+    call = Source.executing(frame)
+    if not isinstance(call.node, ast.Call) or not call.node.args:
+        return "its condition"
+    condition = call.node.args[0]
+    looked = condition.body if isinstance(condition, ast.Lambda) else condition
+    return " ".join((ast.get_source_segment(call.source.text, looked) or "its condition").split())
 
 
 def run_tasks(

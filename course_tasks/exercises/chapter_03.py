@@ -22,8 +22,8 @@ def _tasks_of(answer: Callable) -> str | None:
         node = f"{name}@{socket.gethostname()}"
         try:
             registered = ask_worker(Celery(), name, "registered", 5)
-        except ClassroomError:
-            return f"the worker {node} doesn't answer. Is it running? Run its cell again."
+        except ClassroomError as error:
+            return str(error)
         given = called(answer, name, case=f"for {name!r}, ")
         if given is None:
             return "it returned None. Does your function end with return?"

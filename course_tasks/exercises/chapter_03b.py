@@ -18,8 +18,8 @@ def _ask(client: Celery, question: str) -> Any:
     """What w1 answers."""
     try:
         return ask_worker(client, "w1", question, 5)
-    except ClassroomError:
-        raise WrongAnswer(AWAY) from None
+    except ClassroomError as error:
+        raise WrongAnswer(str(error)) from None
 
 
 def _taken(answer: Callable) -> str | None:

@@ -37,6 +37,15 @@ def test_check_prints_one_line_and_never_raises(capsys, exercise, answer, start)
     assert printed.startswith(start) and printed.count("\n") == 1
 
 
+@pytest.mark.parametrize("exercise, answer", [("03-1", lambda name: []), ("03b-1", lambda name: 0)])
+def test_a_judge_that_asks_a_worker_says_when_it_is_the_broker_that_is_away(capsys, exercise, answer):
+    with addressed("redis://localhost:1/0"):
+        check(exercise, answer)
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"❌ {exercise}: The broker or the backend doesn't answer (")
+    assert printed.endswith("Run %servers.\n")
+
+
 def test_slots_that_a_busy_machine_left_idle_are_counted(pair, capsys):
     """24 tasks took three rounds of eight, on a worker that has ten slots."""
     with addressed(pair.broker), working(0, "--pool=gevent", "-c", "10", "--without-mingle") as worker:

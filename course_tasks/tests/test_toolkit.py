@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 from celery import Celery
@@ -63,6 +64,11 @@ def test_wait_until_returns_what_the_condition_found():
 def test_wait_until_says_what_it_waited_for_and_passes_errors_on():
     with one_line("Waited 0.1 s for the second worker, but it didn't happen."):
         wait_until(lambda: False, seconds=0.1, what="the second worker")
+    task = SimpleNamespace(state="PENDING", ready=lambda: False)
+    with one_line("Waited 0.1 s in vain for this: task.state == 'STARTED'. Look at the log"):
+        wait_until(lambda: task.state == 'STARTED', seconds=0.1)  # fmt: skip
+    with one_line("Waited 0.1 s in vain for this: task.ready. Look"):
+        wait_until(task.ready, 0.1)
     with pytest.raises(ZeroDivisionError):
         wait_until(lambda: 1 / 0)
 
