@@ -1145,7 +1145,7 @@ def test_two_workers_share_and_answer_the_table_s_questions_and_a_shutdown_is_wa
     stands("03b", "each message goes to exactly one worker")
     stands("03b", "| `registered()` | the names of the tasks that it knows |")
     stands("03b", "| `active_queues()` | the queues that it takes messages from |")
-    stands("03b", "| `stats()` | figures about itself: its pid, its pool, how many tasks of each name it has taken |")
+    stands("03b", "| `stats()` | figures about itself: its pid, its pool, how many tasks of each name it has started |")
     stands("03b", "`celery inspect active -d NODE`", "That is a warm stop", "so no running task was lost")
     stands("03", "(In a terminal, `celery inspect stats` does the same")
     stands("04", "does what the command `celery inspect registered` does")
@@ -1207,6 +1207,8 @@ def test_active_reserved_and_scheduled(project, tmp_path):
         "reserved": ids[1:2],
         "scheduled": ids[2:],
     }
+    stands("03b", "it has started |", "has started so far", "Tasks that it has only taken ahead don't count.")
+    assert node_stats(client, "celery")["total"] == {"hold": 1}
 
 
 def test_a_solo_worker_sends_no_heartbeat_while_it_runs_a_task(project, tmp_path):
@@ -1796,8 +1798,10 @@ def test_a_worker_takes_every_countdown_and_a_chord_counts_silent_parts_and_info
     (project.folder / "end").touch()
     report.get(timeout=20)
     assert (infos[0], "done" in infos[1], infos[2], report.info) == (None, False, {"done": 3, "total": 10}, 10)
-    parts = [client.signature("silent", args=(n,), app=client) for n in range(2)]
-    assert chord(parts, app=client)(client.signature("gather")).get(timeout=20) == [0, 1]
+    # sent by its name, a task is silent only if the message says so
+    parts = [client.signature("silent", args=(n,), app=client, ignore_result=True) for n in range(2)]
+    last = chord(parts, app=client)(client.signature("gather"))
+    assert last.get(timeout=20) == [0, 1] and {part.state for part in last.parent} == {"PENDING"}
     for _ in range(50):
         client.send_task("silent", args=(0,), countdown=600)
     until(
@@ -2063,6 +2067,15 @@ def test_the_table_of_what_each_pool_can_do(project, pool):
         # other programs may disturb a measurement, but not three times in favour of a false entry
         seen = next((found for can.attempt in range(3) if (found := measure()) == said[need]), None)
         assert seen, need
+
+
+def test_without_a_reply_only_the_log_says_that_a_task_can_not_be_ended(project):
+    stands("05b", "By default, the client doesn't wait for an answer to `revoke`.")
+    stands("05b", "Without `reply=True`, the message appears only in its log.")
+    can = Pool(project, "threads")
+    result = can.running("wait", 2)
+    assert can.client.control.revoke(result.id, terminate=True) is None
+    logged(project, "<class 'celery.concurrency.thread.TaskPool'> does not implement kill_job")
 
 
 def test_in_gevent_the_state_of_a_revoked_task_that_computes_is_a_matter_of_luck(project):
