@@ -28,7 +28,7 @@ from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import ANY
+from unittest.mock import ANY, MagicMock
 
 import anyio
 import asgi_correlation_id
@@ -1309,14 +1309,35 @@ def write_risk(folder: Path, **settings) -> None:
 
 def test_the_defaults_for_a_worker_s_end():
     stands("03c", "By default the setting is 0, so there is no waiting.")
-    stands("03c", "That is an hour by default", "By default they look only every 100 seconds.")
+    stands("03c", "That is an hour by default")
     stands("03c", "times `worker_prefetch_multiplier` (4 by default)")
     defaults = Celery(set_as_current=False).conf
     assert defaults.worker_soft_shutdown_timeout == 0
     assert defaults.worker_prefetch_multiplier == 4
     assert Channel.visibility_timeout == 3600
-    assert Channel.unacked_restore_interval * Channel.unacked_restore_throttle == 100
     assert not defaults.task_acks_late and not defaults.task_reject_on_worker_lost
+
+
+def test_workers_look_through_unacked_every_hundred_seconds(project):
+    """A worker looks at its start. Later its event loop asks every ten seconds, and every tenth time it looks."""
+    stands("03c", "By default they look only every 100 seconds.")
+
+    def looks() -> int:
+        return project.broker.info("commandstats")["cmdstat_zrange"]["calls"]
+
+    loop, seen = MagicMock(), []
+    with (
+        project.client().connection_for_read() as connection,
+        connection.channel() as channel,
+        kombu.Consumer(channel, [Queue("celery")]),
+    ):
+        connection.transport.register_with_event_loop(connection.connection, loop)
+        timers = {call.args[1].__name__: call.args for call in loop.call_repeatedly.call_args_list}
+        seconds, look = timers["maybe_restore_messages"]
+        for _ in range(20):
+            look()
+            seen.append(looks())
+    assert seconds == 10 and seen == [1] * 9 + [2] * 10 + [3]
 
 
 @pytest.mark.parametrize(
@@ -1655,6 +1676,9 @@ def name_of(names):
 @app.task(name="silent", ignore_result=True)
 def silent():
     return 1
+@app.task(name="seldom", rate_limit="1/h")
+def seldom():
+    return 1
 """
 
 
@@ -1672,12 +1696,15 @@ def test_limits_keys_and_results_of_tasks_that_are_sent_by_name(project):
     project.worker("celery -A limited worker --pool=prefork -c 2 --without-mingle --without-gossip")
     client = project.client()
     slow, soft = client.send_task("slow", args=(60,)), client.send_task("soft", args=(60,))
+    seldom = [client.send_task("seldom") for _ in range(2)]
     half = client.AsyncResult(project.run("env -u CELERY_RESULT_BACKEND python half.py").strip())
     with pytest.raises(KeyError):
         client.send_task("name_of", args=({7: "seven"},)).get(timeout=20)
     assert type(slow.get(timeout=20, propagate=False)).__name__ == "TimeLimitExceeded"
     assert type(soft.get(timeout=20, propagate=False)).__name__ == "SoftTimeLimitExceeded"
     until(lambda: half.state == "SUCCESS", "the result is stored")
+    stands("04", "`autoretry_for`, `rate_limit`, `track_started` | the *worker* that runs the task |")
+    assert (seldom[0].get(timeout=20), seldom[1].state) == (1, "PENDING")
 
 
 def test_a_program_without_celery_sees_how_a_date_is_written():
