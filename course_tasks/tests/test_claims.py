@@ -59,7 +59,6 @@ from celery.result import AsyncResult, GroupResult
 from celery.schedules import crontab
 from celery.utils import sysinfo
 from celery.utils.nodenames import default_nodename, host_format
-from celery.utils.time import get_exponential_backoff_interval
 from celery.worker import autoscale
 from celery.worker.consumer.gossip import Gossip
 from celery.worker.consumer.mingle import Mingle
@@ -792,7 +791,7 @@ def test_inspect_names_tasks_that_are_pending(project):
 # --- 02c -----------------------------------------------------------------------------------------------------
 
 
-def test_the_retry_policies_of_clients_and_of_patient_workers():
+def test_the_retry_policies_of_clients_and_of_patient_workers(monkeypatch):
     stands(
         "02c",
         "The first retry comes at once, and each further one a second later, so our two retries took a second. "
@@ -805,12 +804,24 @@ def test_the_retry_policies_of_clients_and_of_patient_workers():
     assert policy == {"max_retries": 20, "interval_start": 0, "interval_step": 1, "interval_max": 1}
     assert sum(fxrange(0, 1, 1, repeatlast=False)) == 1
     assert app.backend.retry_policy == policy | {"max_retries": 5}
-    assert plain.conf.result_backend_base_sleep_between_retries_ms == 10
-    assert plain.conf.result_backend_max_sleep_between_retries_ms == 10_000
     assert plain.conf.result_backend_max_retries == float("inf")
-    pauses = [get_exponential_backoff_interval(10, retries, 10_000) for retries in range(20)]
-    assert pauses == sorted(pauses) and pauses[-1] == 10_000
     assert not plain.conf.result_backend_always_retry and not plain.conf.task_track_started
+    patient = Celery(set_as_current=False)
+    patient.conf.result_backend_always_retry = True
+    patient.conf.result_backend_transport_options = {"retry_policy": {"max_retries": 0}}
+    patient.backend_cls = plain.backend_cls
+    pauses: list[float] = []
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 20:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(patient.backend, "_sleep", sleep)
+    monkeypatch.setattr("celery.utils.time.random.randrange", lambda end: end - 1)  # the whole pause
+    with pytest.raises(KeyboardInterrupt):
+        patient.backend.store_result("an-id", 42, "SUCCESS")
+    assert pauses == sorted(pauses) and (pauses[0], pauses[-1]) == (0.02, 10)
 
 
 def test_a_worker_tries_once_to_store_a_result(monkeypatch):
@@ -1585,6 +1596,11 @@ def test_what_a_decorator_says_is_read_where_the_row_says(project):
         "| `acks_late`, `max_retries`, `autoretry_for`, `rate_limit`, `track_started` | the *worker*",
         'without our `queue="look"` it would have gone to the queue `celery`',
     )
+    options = 'priority=3, serializer="pickle", expires=60'
+    (project.folder / "reports.py").write_text(REPORT.replace("expires=60", options))
+    project.run("python -c 'from reports import report; report.delay(1)'")
+    with_code = json.loads(project.broker.lindex("reports\x06\x163", 0))  # with Redis, 3 has a list of its own
+    assert with_code["properties"]["priority"] == 3 and "python" in with_code["content-type"]
     project.client().send_task("report", args=(1,))
     [message] = [json.loads(text) for text in project.broker.lrange("celery", 0, -1)]
     sender = {"queue", "priority", "expires", "time_limit", "soft_time_limit", "serializer"}
