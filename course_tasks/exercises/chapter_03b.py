@@ -26,15 +26,15 @@ def _taken(answer: Callable) -> str | None:
     client = Celery()
     before = sum(_ask(client, "stats")["total"].values())
     if (given := _number(answer)) != before:
-        return f"w1 has taken {before} tasks so far, but your function says {given!r}."
+        return f"w1 has started {before} tasks so far, but your function says {given!r}."
     try:
         for name, args in (("add", (1, 2)), ("add", (3, 4)), ("whereami", ())):
             client.send_task(name, args=args).get(timeout=10)
     except ResultTimeout:
         return AWAY
     if (given := _number(answer)) == before:
-        return f"w1 took three more tasks, and your function still returned {before}. Ask the worker on each call."
-    return None if given == before + 3 else f"w1 has taken {before + 3} tasks by now, but your function says {given!r}."
+        return f"w1 started three more tasks, and your function still returned {before}. Ask the worker on each call."
+    return None if given == before + 3 else f"w1 has started {before + 3} tasks now, but your function says {given!r}."
 
 
 def _number(answer: Callable) -> Any:

@@ -28,7 +28,7 @@ from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import ANY
+from unittest.mock import ANY, MagicMock
 
 import anyio
 import asgi_correlation_id
@@ -59,7 +59,6 @@ from celery.result import AsyncResult, GroupResult
 from celery.schedules import crontab
 from celery.utils import sysinfo
 from celery.utils.nodenames import default_nodename, host_format
-from celery.utils.time import get_exponential_backoff_interval
 from celery.worker import autoscale
 from celery.worker.consumer.gossip import Gossip
 from celery.worker.consumer.mingle import Mingle
@@ -792,7 +791,7 @@ def test_inspect_names_tasks_that_are_pending(project):
 # --- 02c -----------------------------------------------------------------------------------------------------
 
 
-def test_the_retry_policies_of_clients_and_of_patient_workers():
+def test_the_retry_policies_of_clients_and_of_patient_workers(monkeypatch):
     stands(
         "02c",
         "The first retry comes at once, and each further one a second later, so our two retries took a second. "
@@ -805,12 +804,24 @@ def test_the_retry_policies_of_clients_and_of_patient_workers():
     assert policy == {"max_retries": 20, "interval_start": 0, "interval_step": 1, "interval_max": 1}
     assert sum(fxrange(0, 1, 1, repeatlast=False)) == 1
     assert app.backend.retry_policy == policy | {"max_retries": 5}
-    assert plain.conf.result_backend_base_sleep_between_retries_ms == 10
-    assert plain.conf.result_backend_max_sleep_between_retries_ms == 10_000
     assert plain.conf.result_backend_max_retries == float("inf")
-    pauses = [get_exponential_backoff_interval(10, retries, 10_000) for retries in range(20)]
-    assert pauses == sorted(pauses) and pauses[-1] == 10_000
     assert not plain.conf.result_backend_always_retry and not plain.conf.task_track_started
+    patient = Celery(set_as_current=False)
+    patient.conf.result_backend_always_retry = True
+    patient.conf.result_backend_transport_options = {"retry_policy": {"max_retries": 0}}
+    patient.backend_cls = plain.backend_cls
+    pauses: list[float] = []
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 20:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(patient.backend, "_sleep", sleep)
+    monkeypatch.setattr("celery.utils.time.random.randrange", lambda end: end - 1)  # the whole pause
+    with pytest.raises(KeyboardInterrupt):
+        patient.backend.store_result("an-id", 42, "SUCCESS")
+    assert pauses == sorted(pauses) and (pauses[0], pauses[-1]) == (0.02, 10)
 
 
 def test_a_worker_tries_once_to_store_a_result(monkeypatch):
@@ -1145,7 +1156,7 @@ def test_two_workers_share_and_answer_the_table_s_questions_and_a_shutdown_is_wa
     stands("03b", "each message goes to exactly one worker")
     stands("03b", "| `registered()` | the names of the tasks that it knows |")
     stands("03b", "| `active_queues()` | the queues that it takes messages from |")
-    stands("03b", "| `stats()` | figures about itself: its pid, its pool, how many tasks of each name it has taken |")
+    stands("03b", "| `stats()` | figures about itself: its pid, its pool, how many tasks of each name it has started |")
     stands("03b", "`celery inspect active -d NODE`", "That is a warm stop", "so no running task was lost")
     stands("03", "(In a terminal, `celery inspect stats` does the same")
     stands("04", "does what the command `celery inspect registered` does")
@@ -1207,6 +1218,8 @@ def test_active_reserved_and_scheduled(project, tmp_path):
         "reserved": ids[1:2],
         "scheduled": ids[2:],
     }
+    stands("03b", "it has started |", "has started so far", "Tasks that it has only taken ahead don't count.")
+    assert node_stats(client, "celery")["total"] == {"hold": 1}
 
 
 def test_a_solo_worker_sends_no_heartbeat_while_it_runs_a_task(project, tmp_path):
@@ -1307,14 +1320,35 @@ def write_risk(folder: Path, **settings) -> None:
 
 def test_the_defaults_for_a_worker_s_end():
     stands("03c", "By default the setting is 0, so there is no waiting.")
-    stands("03c", "That is an hour by default", "By default they look only every 100 seconds.")
+    stands("03c", "That is an hour by default")
     stands("03c", "times `worker_prefetch_multiplier` (4 by default)")
     defaults = Celery(set_as_current=False).conf
     assert defaults.worker_soft_shutdown_timeout == 0
     assert defaults.worker_prefetch_multiplier == 4
     assert Channel.visibility_timeout == 3600
-    assert Channel.unacked_restore_interval * Channel.unacked_restore_throttle == 100
     assert not defaults.task_acks_late and not defaults.task_reject_on_worker_lost
+
+
+def test_workers_look_through_unacked_every_hundred_seconds(project):
+    """A worker looks at its start. Later its event loop asks every ten seconds, and every tenth time it looks."""
+    stands("03c", "By default they look only every 100 seconds.")
+
+    def looks() -> int:
+        return project.broker.info("commandstats")["cmdstat_zrange"]["calls"]
+
+    loop, seen = MagicMock(), []
+    with (
+        project.client().connection_for_read() as connection,
+        connection.channel() as channel,
+        kombu.Consumer(channel, [Queue("celery")]),
+    ):
+        connection.transport.register_with_event_loop(connection.connection, loop)
+        timers = {call.args[1].__name__: call.args for call in loop.call_repeatedly.call_args_list}
+        seconds, look = timers["maybe_restore_messages"]
+        for _ in range(20):
+            look()
+            seen.append(looks())
+    assert seconds == 10 and seen == [1] * 9 + [2] * 10 + [3]
 
 
 @pytest.mark.parametrize(
@@ -1562,6 +1596,11 @@ def test_what_a_decorator_says_is_read_where_the_row_says(project):
         "| `acks_late`, `max_retries`, `autoretry_for`, `rate_limit`, `track_started` | the *worker*",
         'without our `queue="look"` it would have gone to the queue `celery`',
     )
+    options = 'priority=3, serializer="pickle", expires=60'
+    (project.folder / "reports.py").write_text(REPORT.replace("expires=60", options))
+    project.run("python -c 'from reports import report; report.delay(1)'")
+    with_code = json.loads(project.broker.lindex("reports\x06\x163", 0))  # with Redis, 3 has a list of its own
+    assert with_code["properties"]["priority"] == 3 and "python" in with_code["content-type"]
     project.client().send_task("report", args=(1,))
     [message] = [json.loads(text) for text in project.broker.lrange("celery", 0, -1)]
     sender = {"queue", "priority", "expires", "time_limit", "soft_time_limit", "serializer"}
@@ -1653,6 +1692,9 @@ def name_of(names):
 @app.task(name="silent", ignore_result=True)
 def silent():
     return 1
+@app.task(name="seldom", rate_limit="1/h")
+def seldom():
+    return 1
 """
 
 
@@ -1670,12 +1712,15 @@ def test_limits_keys_and_results_of_tasks_that_are_sent_by_name(project):
     project.worker("celery -A limited worker --pool=prefork -c 2 --without-mingle --without-gossip")
     client = project.client()
     slow, soft = client.send_task("slow", args=(60,)), client.send_task("soft", args=(60,))
+    seldom = [client.send_task("seldom") for _ in range(2)]
     half = client.AsyncResult(project.run("env -u CELERY_RESULT_BACKEND python half.py").strip())
     with pytest.raises(KeyError):
         client.send_task("name_of", args=({7: "seven"},)).get(timeout=20)
     assert type(slow.get(timeout=20, propagate=False)).__name__ == "TimeLimitExceeded"
     assert type(soft.get(timeout=20, propagate=False)).__name__ == "SoftTimeLimitExceeded"
     until(lambda: half.state == "SUCCESS", "the result is stored")
+    stands("04", "`autoretry_for`, `rate_limit`, `track_started` | the *worker* that runs the task |")
+    assert (seldom[0].get(timeout=20), seldom[1].state) == (1, "PENDING")
 
 
 def test_a_program_without_celery_sees_how_a_date_is_written():
@@ -1796,8 +1841,10 @@ def test_a_worker_takes_every_countdown_and_a_chord_counts_silent_parts_and_info
     (project.folder / "end").touch()
     report.get(timeout=20)
     assert (infos[0], "done" in infos[1], infos[2], report.info) == (None, False, {"done": 3, "total": 10}, 10)
-    parts = [client.signature("silent", args=(n,), app=client) for n in range(2)]
-    assert chord(parts, app=client)(client.signature("gather")).get(timeout=20) == [0, 1]
+    # sent by its name, a task is silent only if the message says so
+    parts = [client.signature("silent", args=(n,), app=client, ignore_result=True) for n in range(2)]
+    last = chord(parts, app=client)(client.signature("gather"))
+    assert last.get(timeout=20) == [0, 1] and {part.state for part in last.parent} == {"PENDING"}
     for _ in range(50):
         client.send_task("silent", args=(0,), countdown=600)
     until(
@@ -2063,6 +2110,15 @@ def test_the_table_of_what_each_pool_can_do(project, pool):
         # other programs may disturb a measurement, but not three times in favour of a false entry
         seen = next((found for can.attempt in range(3) if (found := measure()) == said[need]), None)
         assert seen, need
+
+
+def test_without_a_reply_only_the_log_says_that_a_task_can_not_be_ended(project):
+    stands("05b", "By default, the client doesn't wait for an answer to `revoke`.")
+    stands("05b", "Without `reply=True`, the message appears only in its log.")
+    can = Pool(project, "threads")
+    result = can.running("wait", 2)
+    assert can.client.control.revoke(result.id, terminate=True) is None
+    logged(project, "<class 'celery.concurrency.thread.TaskPool'> does not implement kill_job")
 
 
 def test_in_gevent_the_state_of_a_revoked_task_that_computes_is_a_matter_of_luck(project):
