@@ -148,6 +148,7 @@ def test_a_chord_stores_each_result_twice_keeps_the_order_and_counts_a_repeated_
         "The list is in the order of the header, whichever task is ready first.",
         "every result of the header goes into Redis twice: once as the result of its task, and once for the chord.",
         "so that a task that runs twice is counted once",
+        "Only `.c` is left. It says that the chord is complete, and it disappears after five minutes.",
     )
     client = till.client()
     slow, quick = call(client, "weigh", "bread"), call(client, "count")
@@ -161,6 +162,8 @@ def test_a_chord_stores_each_result_twice_keeps_the_order_and_counts_a_repeated_
     assert json.loads(part)[3] in (1, 2) and result.parent.results[1].result in (1, 2)
     till.broker.rpush("weighed", "bread")
     assert result.get(timeout=20) == [5, json.loads(part)[3]]
+    until(lambda: till.backend.keys(key + "*") == [f"{key}.c".encode()], "only .c is left")
+    assert 200 < till.backend.ttl(f"{key}.c") <= 300
 
 
 def test_a_chord_that_has_lost_its_keys_never_starts_its_body(till):
