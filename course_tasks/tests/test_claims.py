@@ -1123,10 +1123,13 @@ def heartbeat_age(folder: Path) -> float:
     return time.time() - folder.joinpath("beats.txt").stat().st_mtime
 
 
-def test_inspect_waits_a_second_and_a_worker_without_a_name_is_called_celery():
+def test_inspect_waits_a_second_and_a_worker_without_a_name_is_called_celery(project):
     stands("03b", "it always waits for the whole `timeout`, by default one second")
     stands("03b", "Without `-n`, a worker is called `celery@` and the name of its machine")
     stands("03b", "Every two seconds its main process sends a **heartbeat**")
+    begin = time.monotonic()
+    assert project.client().control.inspect(["nobody@nowhere"]).ping() is None
+    assert time.monotonic() - begin >= 1
     assert inspect.signature(Inspect).parameters["timeout"].default == 1
     assert default_nodename(None) == f"celery@{socket.gethostname()}"
     assert Heart(None, eventer=SimpleNamespace(on_enabled=set(), on_disabled=set())).interval == 2
@@ -1318,14 +1321,15 @@ def write_risk(folder: Path, **settings) -> None:
     folder.joinpath("risk.py").write_text(RISK.replace("SETTINGS", repr(settings)))
 
 
-def test_the_defaults_for_a_worker_s_end():
+def test_the_defaults_for_a_worker_s_end(project):
     stands("03c", "By default the setting is 0, so there is no waiting.")
     stands("03c", "That is an hour by default")
     stands("03c", "times `worker_prefetch_multiplier` (4 by default)")
     defaults = Celery(set_as_current=False).conf
     assert defaults.worker_soft_shutdown_timeout == 0
     assert defaults.worker_prefetch_multiplier == 4
-    assert Channel.visibility_timeout == 3600
+    with project.client().connection_for_read() as connection:
+        assert connection.default_channel.visibility_timeout == Channel.visibility_timeout == 3600
     assert not defaults.task_acks_late and not defaults.task_reject_on_worker_lost
 
 
