@@ -6,7 +6,7 @@ import time
 import psutil
 import pytest
 from celery import Celery, chain, chord, group
-from celery.exceptions import TaskRevokedError
+from celery.exceptions import ChordError, TaskRevokedError
 from celery.result import GroupResult
 
 from course_tasks.tests.plugin import logged, node_stats, stands, until
@@ -356,6 +356,15 @@ def test_an_error_callback_runs_once_wherever_the_chain_fails(parts):
     until(lambda: parts.broker.llen("notes") >= 2, "a note about the chord")
     call(client, "ok").delay().get(timeout=20)
     assert parts.broker.lrange("notes", 0, -1) == [b"fail ValueError", b"join ChordError"]
+
+
+def test_a_chord_error_names_the_header_task_that_failed(parts):
+    stands("09b", "With the id alone, you get a `ChordError`, which names the page in its text.")
+    client = parts.client()
+    parts.worker(PARTS_WORKER.format(1))
+    body = chord([call(client, "ok"), call(client, "fail", "no")], call(client, "join"), app=client).delay()
+    with pytest.raises(ChordError, match=body.parent.results[1].id):
+        client.AsyncResult(body.id).get(timeout=60)
 
 
 def test_header_tasks_that_are_acknowledged_late_come_back_after_a_crash(parts):
