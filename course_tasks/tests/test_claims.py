@@ -2974,7 +2974,11 @@ def test_after_a_reset_uvicorn_s_own_lines_have_no_id(project, reset):
 
 
 def test_starlette_has_forty_threads_and_celery_by_itself_no_time_out_for_the_broker(project):
-    stands("07d", "Starlette runs such functions in 40 threads by default", "Celery would have waited until the broker")
+    stands(
+        "07d",
+        "Starlette runs plain functions, such as `order`, in 40 threads by default",
+        "Celery would have waited until the broker",
+    )
 
     async def threads() -> int:
         inside, release = [], threading.Event()

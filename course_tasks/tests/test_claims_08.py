@@ -298,7 +298,7 @@ def test_autoretry_for_every_exception_retries_what_was_too_slow(project):
 
 
 def test_on_failure_is_not_called_if_the_process_is_killed(project):
-    stands("08b", "`on_failure` runs inside the worker's process, so it is not called if that process is killed.")
+    stands("08b", "`on_failure` runs in the process that runs the task, so it is not called if that process is killed.")
     client = start(project)
     lost = killed(project, client, "parked")
     assert type(lost.get(timeout=30, propagate=False)).__name__ == "WorkerLostError"

@@ -273,7 +273,7 @@ def test_the_worker_that_finds_an_error_runs_the_error_callback_with_three_argum
     stands(
         "09b",
         "It is called with the request of the failed task, its exception, and the traceback.",
-        "The worker that found the error makes this call itself.",
+        "the worker that found the error makes this call itself",
     )
     (project.folder / "press.py").write_text(PRESS)
     project.worker("celery -A press worker --pool=threads -c 1 -n press@%h --without-mingle --without-gossip")
