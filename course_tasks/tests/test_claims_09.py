@@ -86,8 +86,10 @@ def test_a_worker_without_the_code_of_the_next_call_cannot_compare_and_a_chain_n
     till.broker.delete("other")
     till.environment["NO_BACKEND"] = "1"
     till.worker(WORKER.replace("till worker", "till worker -Q bare -n bare@%h"))
-    links = [call(client, "price", "milk", queue="bare"), call(client, "twice", queue="bare")]
-    chain(*links, call(client, "tell", queue="bare"), app=client).delay()
+    bare = till.client()
+    bare.backend_cls = "disabled://"
+    links = [call(bare, "price", "milk", queue="bare"), call(bare, "twice", queue="bare")]
+    chain(*links, call(bare, "tell", queue="bare"), app=bare).delay()
     until(lambda: till.broker.lrange("told", 0, -1) == [b"8"], "the last call has run")
 
 
