@@ -253,6 +253,7 @@ def floor(path: Path) -> float:
             line, _, body = cell.source.partition("\n")
             magic, *words = shlex.split(line, comments=True) or [""]
             if magic == "%%writefile":
+                Path(folder, words[-1]).parent.mkdir(parents=True, exist_ok=True)
                 with Path(folder, words[-1]).open("a" if "-a" in words else "w") as file:
                     file.write(f"{body}\n")
             elif magic == "%%terminal":

@@ -262,7 +262,7 @@ def test_the_defaults_of_retries():
         "08b",
         "Without the option there are three retries, and `None` means for ever.",
         "up to `retry_backoff_max` (600 seconds by default)",
-        "By default, Celery doesn't use these numbers as they are. It picks a random number of whole seconds",
+        "By default, Celery doesn't use these numbers as they are. It picks a random number up to them.",
         "The first number of the backoff is 1, and jitter picks a whole number from 0 to 1.",
     )
     assert Celery(set_as_current=False).Task.max_retries == 3
