@@ -360,6 +360,27 @@ def test_an_error_callback_runs_once_wherever_the_chain_fails(parts):
     assert parts.broker.lrange("notes", 0, -1) == [b"fail ValueError", b"join ChordError"]
 
 
+def test_an_error_callback_with_one_parameter_is_sent_as_a_task(parts):
+    stands("09b", "it is sent as a task, and it gets only the id of the failed task.")
+    client = parts.client()
+    parts.worker(PARTS_WORKER.format(1))
+    failed = call(client, "fail", "no").on_error(call(client, "note_id")).delay()
+    until(lambda: parts.broker.llen("notes"), "a note about the failed task")
+    assert parts.broker.lrange("notes", 0, -1) == [failed.id.encode()]
+    logged(parts, "Task note_id[")
+
+
+def test_each_task_of_a_group_gets_its_error_callback(parts):
+    stands("09b", "If three of them fail, it is called three times.")
+    client = parts.client()
+    parts.worker(PARTS_WORKER.format(1))
+    header = [call(client, "fail", str(number)) for number in range(3)]
+    group([*header, call(client, "ok")], app=client).on_error(call(client, "note")).delay()
+    until(lambda: parts.broker.llen("notes") >= 3, "three notes")
+    call(client, "ok").delay().get(timeout=20)
+    assert parts.broker.lrange("notes", 0, -1) == [b"fail ValueError"] * 3
+
+
 def test_a_chord_error_names_the_header_task_that_failed(parts):
     stands("09b", "With the id alone, you get a `ChordError`, which names the page in its text.")
     client = parts.client()
@@ -479,6 +500,9 @@ def join(texts):
 @app.task(name="note")
 def note(request, error, traceback):
     broker.rpush("notes", f"{request.task} {type(error).__name__}")
+@app.task(name="note_id")
+def note_id(task_id):
+    broker.rpush("notes", task_id)
 @app.task(name="held")
 def held(key):
     broker.set("started", 1)

@@ -212,7 +212,7 @@ def later(project, pool: str, enable_utc: bool = True, name: str = "later") -> N
 def test_a_worker_runs_a_naive_date_as_utc_whatever_the_settings_are(project, enable_utc):
     stands(
         "10",
-        "A worker reads a date without a time zone as UTC, and not in its own zone",
+        "A worker reads a naive date as UTC, and not in its own zone.",
         "Celery sends a naive date as it is, and neither the worker's `timezone` nor yours plays a part.",
     )
     project.environment["TZ"] = "America/New_York"
