@@ -1,10 +1,11 @@
 """The exercises and quiz questions: a module a chapter, with what judges an answer and the wrong answers to refuse."""
 
+import contextlib
 import importlib.util
 import json
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ WRITEFILE = re.compile(r"(?s)%%writefile (\S+)\n(.*)")
 WIDTH = 90  # letters in a line of an explanation: JupyterLab breaks longer lines in the middle of a word
 # What a learner calls the types of answers.
 WORDS = {
-    "AsyncResult": "a receipt (an AsyncResult)",
+    "AsyncResult": "an AsyncResult (what send_task and delay return)",
     "Callable": "a function",
     "NoneType": "None",
     "Task": "a task",
@@ -123,9 +124,28 @@ _sent: dict[str, Sent] = {}
 @signals.before_task_publish.connect(weak=False)
 def _note_sent(sender: str, body: tuple, headers: dict, **_: Any) -> None:
     if "id" in headers:
-        _sent[headers["id"]] = Sent(sender, tuple(body[0]), dict(body[1]), tuple(body[2].get("chain") or ()))
+        _sent[headers["id"]] = _as_sent(sender, body)
         if len(_sent) > KEPT:
             del _sent[next(iter(_sent))]
+
+
+def _as_sent(task: str, body: tuple) -> Sent:
+    return Sent(task, tuple(body[0]), dict(body[1]), tuple(body[2].get("chain") or ()))
+
+
+@contextlib.contextmanager
+def published() -> Iterator[list[Sent]]:
+    """What this process asks for in a `with` block: a list that grows with each task that is sent."""
+    found: list[Sent] = []
+
+    def note(sender: str, body: tuple, **_: Any) -> None:
+        found.append(_as_sent(sender, body))
+
+    signals.before_task_publish.connect(note, weak=False)
+    try:
+        yield found
+    finally:
+        signals.before_task_publish.disconnect(note)
 
 
 def sent(task_id: str) -> Sent | None:

@@ -14,7 +14,7 @@ from course_tasks.exercises import Exercise, Question, WrongAnswer, called, was_
 
 def _exception(answer: object) -> str | None:
     if isinstance(answer, AsyncResult):
-        return "this is the receipt. The exception is what its get returns, if you ask it not to raise."
+        return "this is the AsyncResult. The exception is what its get returns, if you ask it not to raise."
     if isinstance(answer, type):
         return f"this is the class {answer.__name__}. Put the object into answer that came back from the worker."
     if isinstance(answer, str):
@@ -72,7 +72,7 @@ def _judged(answer: Callable, result: AsyncResult, state: str, value: object) ->
     if time.monotonic() - begun > 0.4:
         return f"it took its time for a task that is {state}, and it should come back at once."
     if isinstance(found, AsyncResult):
-        return "it returned the receipt that it was given, and not what the task returned."
+        return "it returned the AsyncResult that it was given, and not what the task returned."
     if state == "SUCCESS" and (found != value or isinstance(found, bool)):
         return f"for a task that returned 0 it returned {found!r}."
     if isinstance(value, BaseException) and state in READY_STATES and not isinstance(found, type(value)):
@@ -104,7 +104,7 @@ EXERCISES = {
         judge=_exception,
         wrong={
             'answer = ZeroDivisionError("division by zero")': "no worker was asked",
-            'answer = client.send_task("divide", args=(5, 0))': "this is the receipt",
+            'answer = client.send_task("divide", args=(5, 0))': "this is the AsyncResult",
             "answer = divide.traceback": "this is a text",
             'answer = client.send_task("divide", args=(0, 5)).get(timeout=10, propagate=False)': "this is 0.0",
             'answer = client.AsyncResult("never-sent").result': "this is None",

@@ -3,13 +3,13 @@
 import base64
 import json
 import os
+import re
 from collections.abc import Callable
 
-from celery.signals import before_task_publish
 from kombu.exceptions import EncodeError
 from redis import Redis
 
-from course_tasks.exercises import Exercise, Question, WrongAnswer, called, sent
+from course_tasks.exercises import Exercise, Question, WrongAnswer, called, published, sent
 from course_tasks.exercises.project import Project
 
 
@@ -37,25 +37,18 @@ def _message(answer: dict) -> str | None:
 
 
 def _joins_sets(answer: Callable) -> str | None:
-    bodies = []
-
-    def note(body=None, **_):
-        bodies.append(json.dumps(body[:2], default=str))
-
     for one, other in (({3, 1}, {2, 1}), ({"a"}, {"b", "c"}), (set(), {50})):
-        bodies.clear()
-        before_task_publish.connect(note)
         try:
-            value = called(answer, one, other, case=f"for {one} and {other}, ")
+            with published() as calls:
+                value = called(answer, one, other, case=f"for {one} and {other}, ")
         except WrongAnswer as error:
             if isinstance(error.__cause__, EncodeError):
                 return "JSON knows no sets. Make lists of them before you send."
             raise
-        finally:
-            before_task_publish.disconnect(note)
-        if not bodies:
+        if not calls:
             return "no task was sent. The worker should join them, with add."
-        if missing := [item for item in one | other if json.dumps(item) not in "".join(bodies)]:
+        bodies = json.dumps([[call.args, call.kwargs] for call in calls], default=str)
+        if missing := [item for item in one | other if json.dumps(item) not in bodies]:
             return f"{missing[0]!r} was not sent to the worker. Have the worker join the two sets, not your function."
         if isinstance(value, list):
             return f"it returned the list {value}. Make a set of what comes back."
@@ -70,10 +63,14 @@ def _prices_work(folder: str) -> str | None:
     with Project(folder) as project:
         project.worker("celery -A prices worker --pool=solo --without-mingle --without-gossip")
         said = project.run("python shop.py")
-        if "75" not in said:
+        if not re.search(r"\b75\b", said):
             return f"shop.py printed {said.strip()!r}, and 3 pieces for 25 each cost 75."
         if "computing the price" not in project.log():
             return "shop.py prints the right number, but no task has computed it. The worker should do that."
+        if 75 not in project.results():
+            return (
+                "shop.py prints the right number, but it can't have it from the task: the backend has no such result."
+            )
     return None
 
 
@@ -171,6 +168,11 @@ EXERCISES = {
                 'print("The price is", result.get(timeout=6))',
             ): "`python shop.py` ended with an error: celery.exceptions.TimeoutError",
             _shop('print("The price is", 3 * 25)'): "no task has computed it",
+            _shop('client.send_task("price", kwargs={"amount": 3, "each": 25})', "import time; time.sleep(1)")
+            + 'print("The price is", 75)\n': "it can't have it from the task",
+            _prices(
+                '@app.task(name="price", ignore_result=False)', "return amount * each + 100"
+            ): "printed 'The price is 175'",
             _prices('@app.task(name="price")', "print(amount * each)"): "shop.py printed 'The price is None'",
             _prices("@app.task"): "NotRegistered: 'price'",
             _prices('@app.task(name="price", ignore_results=False, ignore_result=True)'): "The operation timed out",

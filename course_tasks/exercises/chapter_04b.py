@@ -5,19 +5,20 @@ from collections.abc import Callable
 from celery.exceptions import NotRegistered, TimeoutError
 from celery.result import AsyncResult, ResultSet
 
-from course_tasks.exercises import Exercise, Question, called, sent
+from course_tasks.exercises import Exercise, Question, called, published, sent
 from course_tasks.spans import FIELDS, at_once
 
 
 def _gathered(answer: Callable) -> str | None:
     given = [0.4, 0.3, "soon", 0.2]
-    value = called(answer, given, case=f"for {given}, ")
+    with published() as calls:
+        value = called(answer, given, case=f"for {given}, ")
     if isinstance(value, ResultSet):
         return "it returned what the group returned. Ask that for the results, with get(timeout=10, propagate=False)."
     if not isinstance(value, list | tuple):
         return f"it returned {value!r}. It should return the list of all results."
     if any(isinstance(each, AsyncResult) for each in value):
-        return "it returned receipts. Ask each of them for its result, with get(timeout=10, propagate=False)."
+        return "it returned AsyncResults. Ask each of them for its result, with get(timeout=10, propagate=False)."
     if len(value) != len(given):
         return f"it returned {len(value)} values for {len(given)} arguments. A task that fails has its place too."
     if not isinstance(value[2], Exception):
@@ -25,6 +26,8 @@ def _gathered(answer: Callable) -> str | None:
     spans = [each for each in value if isinstance(each, dict) and each.keys() >= FIELDS]
     if [each["seconds"] for each in spans] != [0.4, 0.3, 0.2]:
         return "these are not the results of the tasks in the order of the arguments."
+    if [call.task for call in calls].count("wait") != len(given):
+        return f"it has sent {len(calls)} tasks. It should send {len(given)}, one `wait` for each argument."
     if at_once(spans) < 2:  # type: ignore[arg-type]
         return "the tasks ran one after the other, because you waited for each of them before you sent the next one."
     return None
@@ -45,7 +48,7 @@ def _chained(answer: AsyncResult) -> str | None:
     while (before := links[-1].parent) is not None:
         links.append(before)
     if len(links) == 1 and not sent(answer.id):
-        return "this receipt doesn't know which calls came before it. Put what delay() returned into answer."
+        return "this AsyncResult doesn't know which calls came before it. Put what delay() returned into answer."
     if len(links) == 1:
         return "its result is 10, but it has no parent: it is one call. Join three with |, and send the chain."
     if len(links) != 3:
@@ -67,7 +70,7 @@ EXERCISES = {
             'answer = lambda given: group(client.signature("wait", args=(one,)) for one in given).delay()': (
                 "it returned what the group returned"
             ),
-            'answer = lambda given: [client.send_task("wait", args=(one,)) for one in given]': "it returned receipts",
+            'answer = lambda given: [client.send_task("wait", args=(one,)) for one in given]': "returned AsyncResults",
             'answer = lambda given: [client.send_task("wait", args=(one,)).get(timeout=10, propagate=False)'
             " for one in given]": "ran one after the other",
             "def answer(given):\n"
@@ -80,6 +83,11 @@ EXERCISES = {
             '    sent = [client.send_task("wait", args=(one,)) for one in given if one != "soon"]\n'
             "    return [result.get(timeout=10) for result in sent]": "3 values for 4 arguments",
             "answer = lambda given: [{'seconds': one} for one in given]": "the third task can't wait",
+            "def answer(given):\n"
+            "    made_up = dict(pid=1, thread='Thread-1', start=1.0, end=2.0, delayed=0.0)\n"
+            "    return [ValueError(one) if one == 'soon' else {**made_up, 'seconds': one} for one in given]": (
+                "it has sent 0 tasks"
+            ),
         },
         right=(
             "def answer(given):\n"
@@ -106,7 +114,7 @@ EXERCISES = {
             'answer = (client.signature("add", args=(1, 2)) | client.signature("add", args=(3, 4))).delay()': (
                 "it ended with TypeError"
             ),
-            'answer = group(client.signature("add", args=(1, n)) for n in (2, 3, 4)).delay()': "should be a receipt",
+            'answer = group(client.signature("add", args=(1, n)) for n in (2, 3, 4)).delay()': "be an AsyncResult",
             'calls = [client.signature("add", args=pair, immutable=True) for pair in ((1, 2), (3, 3), (6, 4))]\n'
             "answer = (calls[0] | calls[1] | calls[2]).delay()": "don't pass their results on",
             'chain = client.signature("add", args=(1, 2)) | client.signature("add", args=(3,))\n'

@@ -122,7 +122,7 @@ def _answers(client: Celery, count: int, seconds: float, timeout: float) -> list
 
     If they are clearly not asked at the same time, only the first answers.
 
-    No receipts are kept, because they would look for the project's servers when these are gone.
+    No AsyncResults are kept, because they would look for the project's servers when these are gone.
     """
     ids = [client.send_task("ask", args=(seconds,)).id for _ in range(count)]
     deadline = time.monotonic() + timeout

@@ -1,13 +1,12 @@
 """The exercises and the quiz of chapter 09."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-from celery import Celery, chain, group, signals
+from celery import Celery, chain, group
 from celery.exceptions import TimeoutError
 from celery.result import AsyncResult, GroupResult
 
-from course_tasks.exercises import Exercise, Question, called, sent
+from course_tasks.exercises import Exercise, Question, called, published, sent
 from course_tasks.exercises.project import Project
 
 PRICES = {"bread": 3, "milk": 2, "cheese": 7}
@@ -39,31 +38,17 @@ def _with_tax(answer: AsyncResult) -> str | None:
 def _single(answer: AsyncResult) -> str:
     if sent(answer.id):
         return "this is one call. Join three of them to a chain."
-    return "this receipt doesn't know which calls came before it. Put what delay() returned into answer."
-
-
-@contextlib.contextmanager
-def _published() -> Iterator[list[str]]:
-    """The names of the tasks that this process sends meanwhile."""
-    names: list[str] = []
-
-    def note(sender: str, **_) -> None:
-        names.append(sender)
-
-    signals.before_task_publish.connect(note, weak=False)
-    try:
-        yield names
-    finally:
-        signals.before_task_publish.disconnect(note)
+    return "this AsyncResult doesn't know which calls came before it. Put what delay() returned into answer."
 
 
 def _adds_up(answer: Callable) -> str | None:
     for basket, wanted in ((["bread", "milk", "cheese"], 14.4), (["milk"], 2.4), (["milk", "milk"], 4.8)):
         case = f"for {basket}, "
-        with _published() as names:
-            receipt = called(answer, list(basket), case=case)
-        if isinstance(receipt, GroupResult) or not isinstance(receipt, AsyncResult):
-            return f"{case}it returned {_kind(receipt)}. It should return the receipt of the last call."
+        with published() as calls:
+            result = called(answer, list(basket), case=case)
+        names = [call.task for call in calls]
+        if isinstance(result, GroupResult) or not isinstance(result, AsyncResult):
+            return f"{case}it returned {_kind(result)}. It should return the AsyncResult of the last call."
         if not names:
             return f"{case}it has sent nothing."
         if own := {"total", "tax"} & set(names):
@@ -72,7 +57,7 @@ def _adds_up(answer: Callable) -> str | None:
                 "Let the canvas start these calls."
             )
         try:
-            value = receipt.get(timeout=5)
+            value = result.get(timeout=5)
         except TimeoutError:
             return f"{case}nothing came back within 5 s. Is the worker running? Run its cell again."
         except Exception as error:

@@ -152,6 +152,11 @@ class Project:
         """What all of the project's workers have written so far."""
         return "".join(map(_text, self._logs))
 
+    def results(self) -> list[Any]:
+        """What the backend has stored as results of tasks, in any order; None for a task that failed or has no end."""
+        records = [json.loads(self.backend.get(key) or "{}") for key in self.backend.keys("celery-task-meta-*")]
+        return [record["result"] if record.get("status") == "SUCCESS" else None for record in records]
+
     def client(self) -> Celery:
         """An app on the project's servers that has none of the project's code."""
         app = Celery(set_as_current=False)

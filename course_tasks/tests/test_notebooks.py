@@ -161,7 +161,8 @@ def test_every_exercise_has_its_cells_and_two_wrong_answers(path):
             assert "= ..." in tags[f"exercise-{name}"].source
             assert tags[f"check-{name}"].source == f'check("{name}", answer)'
         assert printed_solution(tags[f"solution-{name}"])
-        assert len(exercise.wrong) >= 2 and len(set(exercise.wrong.values())) == len(exercise.wrong)
+        assert len(exercise.wrong) >= 4 and len(set(exercise.wrong.values())) == len(exercise.wrong)
+        assert len(exercise.right) >= 2
 
 
 @chapters()
