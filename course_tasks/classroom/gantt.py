@@ -77,6 +77,7 @@ class Gantt:
         return drawn + axis(longest, scale, bottom)
 
     def _summary(self, spans: Sequence[Span]) -> str:
-        number = len(slots(spans))
-        kind = f"{len(spans)} task{'s' * (len(spans) > 1)} on {number} slot{'s' * (number > 1)}"
-        return f"{kind} took {wall(spans):.2f} s, {speedup(spans):.1f} x as fast as one by one"
+        used, gain = len(slots(spans)), speedup(spans)
+        kind = f"{len(spans)} task{'s' * (len(spans) > 1)} used {used} slot{'s' * (used > 1)}"
+        factor = f"{gain:.1f} times as fast" if not 0 < gain < 0.9 else f"{1 / gain:.1f} times as slow"
+        return f"{kind} and took {wall(spans):.2f} s, {factor} as one by one"

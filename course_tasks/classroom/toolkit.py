@@ -260,8 +260,8 @@ def ask_worker(client: "Celery", name: str, question: str = "stats", seconds: fl
             time.sleep(max(0, begin + patience - time.monotonic()))
             patience *= 2
     raise ClassroomError(
-        f"No worker called {node} has answered within {seconds:g} s. Is it running? (A solo worker can't "
-        "answer while it runs a task.)"
+        f"No worker called {node} has answered within {seconds:g} s. Is it running? (A solo worker "
+        "can't answer while it runs a task, and a gevent or eventlet worker while a task computes.)"
     )
 
 

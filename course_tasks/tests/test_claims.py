@@ -2307,6 +2307,26 @@ def test_the_main_process_replaces_a_child_that_died(project, tmp_path):
     until(lambda: before[0] not in (now := node_stats(client, "w")["pool"]["processes"]) and len(now) == 2, "a new one")
 
 
+@pytest.mark.parametrize("pool", ["threads", "gevent"])
+def test_all_running_tasks_are_lost_when_the_only_process_dies(project, tmp_path, pool):
+    stands("06", "one for each child of prefork, and all of them with threads and gevent")
+    write_slotted(tmp_path)
+    worker = f"{SLOTTED_WORKER} --pool={pool} -c 3 -n {{}}@%h"
+    project.worker(worker.format("first"))
+    client = project.client()
+    pid = node_stats(client, "first")["pid"]
+    lost = [client.send_task("nap", args=(60,)) for _ in range(3)]
+    asked = client.control.inspect([f"first@{socket.gethostname()}"], timeout=5, limit=1)
+    until(lambda: [len(each) for each in (asked.active() or {}).values()] == [3], "three running tasks")
+    until(lambda: not project.broker.exists("celery", "unacked"), "the broker has let go of them")
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not psutil.pid_exists(pid), "the worker ends")
+    project.worker(worker.format("second"))
+    client.send_task("nap", args=(0,)).get(timeout=60)
+    assert node_stats(client, "second")["total"] == {"nap": 1}  # of those that it has started
+    assert not any(result.ready() for result in lost)
+
+
 def test_slots_of_autoscale_stay_30_seconds_and_green_workers_look_once_a_second(monkeypatch):
     stands("06", "removes slots when no task has arrived for 30 seconds")
     stands("06", "checks once a second whether it needs more slots")

@@ -1,6 +1,7 @@
 """Claims of chapters 09 and on that no cell proves: see test_claims.py."""
 
 import json
+import re
 import time
 
 import psutil
@@ -379,6 +380,27 @@ def test_each_task_of_a_group_gets_its_error_callback(parts):
     until(lambda: parts.broker.llen("notes") >= 3, "three notes")
     call(client, "ok").delay().get(timeout=20)
     assert parts.broker.lrange("notes", 0, -1) == [b"fail ValueError"] * 3
+
+
+@pytest.mark.parametrize("backend", ["", "db+sqlite:///{}/results"])
+def test_a_chord_asks_a_backend_that_can_t_count_again_and_again(parts, tmp_path, backend):
+    stands(
+        "09",
+        "For a backend that can't count, such as a database, the client also sends the task `celery.chord_unlock`. It "
+        "asks again and again whether all are done.",
+    )
+    client = parts.client()
+    if backend:
+        client.backend_cls = backend.format(tmp_path)
+    chord([call(client, "ok"), call(client, "ok")], call(client, "join"), app=client).delay()
+    sent = [json.loads(message)["headers"]["task"] for message in parts.broker.lrange("celery", 0, -1)]
+    assert sorted(sent) == ["celery.chord_unlock"] * bool(backend) + ["ok", "ok"]
+    if backend:
+        parts.environment["CELERY_RESULT_BACKEND"] = backend.format(tmp_path)
+        asks = parts.broker.rpop("celery", 3)
+        parts.broker.lpush("celery", *(message for message in asks if b"chord_unlock" in message))
+        parts.worker(PARTS_WORKER.format(1))
+        until(lambda: len(re.findall(r"Task celery.chord_unlock\S+ retry", parts.log())) >= 2, "it asks twice")
 
 
 def test_a_chord_error_names_the_header_task_that_failed(parts):

@@ -479,6 +479,9 @@ def test_main_process_and_child_agree_on_the_id_of_any_message(shops):
 
 
 def test_what_the_docstring_says_has_no_id(shops):
+    stands(
+        "07c", "what a worker logs when it obeys `revoke`, such as `Tasks flagged as revoked`, and what it logs about"
+    )
     shop = shops["prefork"]
     later, running = shop.client("under('a-1', 'step', countdown=90)\nunder('a-1', 'sleep', 90)").split()[1::2]
     shop.logged(f"{later}. received")

@@ -73,8 +73,8 @@ def test_a_run_in_every_pool_tells_what_its_tasks_did_and_leaves_nothing(clean, 
     assert experiment.runs == [run] and len(run.spans) == 4 and run.slots == slots
     assert all(span["seconds"] == 0.3 for span in run.spans)
     assert 0.98 * 4 * 0.3 / slots < run.wall and 0.5 < run.speedup < 1.02 * slots
-    text = f"{pool}, -c 2, wait 0.3 s: 4 tasks on {slots} slot{'s' * (slots > 1)} took {run.wall:.2f} s, "
-    assert repr(run) == f"{text}{run.speedup:.1f} x as fast as one by one"
+    text = f"{pool}, -c 2, wait 0.3 s: 4 tasks used {slots} slot{'s' * (slots > 1)} and took {run.wall:.2f} s, "
+    assert repr(run) == f"{text}{run.speedup:.1f} times as fast as one by one"
     assert f"--pool={pool} --concurrency=2 -Q experiment-" in run.command and run.command in experiment._command.value
     assert experiment.progress.value == experiment.progress.max == 4
     assert status(experiment).startswith("Run 1 is over: ")
@@ -87,7 +87,7 @@ def test_the_speed_up_is_that_of_the_wall_time_beside_it():
     span = {"thread": "MainThread", "start": 0, "end": 2, "delayed": 1, "seconds": 1}
     run = Run("prefork", 4, 4, "compute", 1, "", Spans(span | {"pid": pid} for pid in range(4)))
     assert (run.wall, run.speedup, run.slots) == (2, 2, 4)
-    assert repr(run).endswith("4 tasks on 4 slots took 2.00 s, 2.0 x as fast as one by one")
+    assert repr(run).endswith("4 tasks used 4 slots and took 2.00 s, 2.0 times as fast as one by one")
 
 
 def test_computing_tasks_compute(clean):
@@ -109,7 +109,10 @@ def test_the_last_runs_are_shown_side_by_side_with_a_picture_and_a_table(clean, 
     rows = [re.findall(r"<td[^>]*>([^<]*)", row) for row in page.split("<tr>")[2:]]
     assert [row[:2] for row in rows] == [["2", "solo"], ["3", "threads"], ["4", "gevent"], ["5", "solo"]]
     assert rows[0] == ["2", "solo", "4", "10", "wait", "0.2", "2.00 s", "0.5 x", "1"]
-    assert "2: solo -c 4, wait: 1 task on 1 slot took 2.00 s, 0.5 x" in re.search(r'<img alt="([^"]*)"', page)[1]
+    assert (
+        "2: solo -c 4, wait: 1 task used 1 slot and took 2.00 s, 2.0 times as slow"
+        in re.search(r'<img alt="([^"]*)"', page)[1]
+    )
 
 
 @pytest.mark.parametrize(

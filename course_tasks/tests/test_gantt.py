@@ -43,13 +43,15 @@ FIRST, SECOND = "ThreadPoolExecutor-0_0", "ThreadPoolExecutor-0_1"
 )
 def test_a_slot_is_a_process_a_thread_or_a_place_for_greenlets(values, slots):
     chart = Gantt({"a": values})
-    assert f"{len(values)} task{'s' * (len(values) > 1)} on {slots} slot{'s' * (slots > 1)} took" in repr(chart)
+    assert f"{len(values)} task{'s' * (len(values) > 1)} used {slots} slot{'s' * (slots > 1)} and took" in repr(chart)
     assert len(rects(chart, "row")) == slots and len(rects(chart, "bar")) == len(values)
 
 
 def test_the_text_says_how_long_and_how_fast():
     chart = Gantt({"a": [span(), span(pid=8), span(start=1)]})
-    assert repr(chart) == "a: 3 tasks on 2 slots took 2.00 s, 1.5 x as fast as one by one"
+    assert repr(chart) == "a: 3 tasks used 2 slots and took 2.00 s, 1.5 times as fast as one by one"
+    late = Gantt({"a": [span(), span(start=9)]})
+    assert repr(late) == "a: 2 tasks used 1 slot and took 10.00 s, 5.0 times as slow as one by one"
 
 
 def test_real_tasks_are_measured_by_their_own_clocks():
