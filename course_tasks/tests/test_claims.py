@@ -1218,7 +1218,7 @@ def test_active_reserved_and_scheduled(project, tmp_path):
         "reserved": ids[1:2],
         "scheduled": ids[2:],
     }
-    stands("03b", "it has started |", "has started so far", "Tasks that it has only taken ahead don't count.")
+    stands("03b", "it has started |", "has started so far", "Tasks that it has only reserved don't count.")
     assert node_stats(client, "celery")["total"] == {"hold": 1}
 
 
@@ -1383,7 +1383,7 @@ def test_how_each_pool_stops(project, tmp_path, row, sent, task):
 
 def test_sigquit_is_a_cold_stop_and_a_soft_timeout_makes_no_difference_to_sigterm(project, tmp_path):
     stands("03c", "The signal SIGQUIT asks for it directly.")
-    stands("03c", "It makes no difference to SIGTERM, which waits for ever anyway.")
+    stands("03c", "a warm stop waits for the running tasks anyway, however long they take")
     stands("03c", "The long task was ended after two seconds", "that fits into the ten seconds of `docker stop`")
     stands("03c", "Without that option it would have been lost")
     write_risk(tmp_path, worker_soft_shutdown_timeout=0.5)
@@ -1413,7 +1413,7 @@ def test_a_child_waits_thirty_seconds_at_most_until_its_last_result_is_counted(m
 
 
 def test_sigterm_to_all_processes_ends_the_running_task_and_sigint_does_not(project, tmp_path):
-    stands("03c", "so also to prefork's children, and these drop their tasks at once")
+    stands("03c", "That includes prefork's children, and these drop their tasks at once")
     stands("03c", "(Ctrl-C reaches the children as well, but they ignore SIGINT.)")
     write_risk(tmp_path)
     client = project.client()
@@ -1453,8 +1453,8 @@ def test_a_lost_child_is_acknowledged_and_a_poisonous_task_comes_back_or_is_give
 
 
 def test_messages_taken_ahead_get_too_old_and_with_a_multiplier_of_1_they_do_not(project, tmp_path):
-    stands("03c", "Messages that a worker has taken ahead age as well while they wait for a free process.")
-    stands("03c", "(a waiting message is in `unacked` without `acks_late` as well)")
+    stands("03c", "The messages that a worker has prefetched get older as well, while they wait for a free process.")
+    stands("03c", "as long as it waits, it is in `unacked`, even without `acks_late`")
     client = project.client()
     for multiplier, task, timeout, seconds in ((1, "late", 10, 2.5), (4, "late", 3, 2.5), (4, "early", 3, 2.5)):
         transport = {"visibility_timeout": timeout, **FAST}
@@ -1524,7 +1524,7 @@ def test_a_missing_package_and_a_bare_celery_stop_a_worker_that_discovers_tasks(
 
 def test_a_package_without_tasks_and_an_app_without_tasks_start_without_a_word(project, tmp_path):
     stands("03d", "With no `store.tasks` in it, the worker starts without those tasks, and says nothing |")
-    stands("03", "`[tasks]` would be empty, and such a worker gets ready without any warning")
+    stands("03", "`[tasks]` is empty, and the worker gets ready without any warning")
     tmp_path.joinpath("store").mkdir()
     tmp_path.joinpath("store/video.py").touch()
     tmp_path.joinpath("auto.py").write_text(
@@ -1787,7 +1787,7 @@ def test_expires_is_told_to_rabbitmq(project):
 
 
 def test_a_chain_needs_no_backend_and_a_chord_does(project):
-    stands("04b", "A chain doesn't need a backend; a chord does, because the backend counts how many parts are done.")
+    stands("04b", "A chain doesn't need a backend. A chord does, because the backend counts how many parts are done.")
     client = project.client()
     client.backend_cls = "disabled://"
     part = client.signature("sleep", args=(0,), immutable=True)
@@ -2181,7 +2181,7 @@ def test_a_short_option_takes_no_equals_sign(project):
 
 
 def test_a_ping_asks_the_broker_as_well(project):
-    stands("05b", "It also asks the broker: if that is away, no worker can answer, and all are restarted.")
+    stands("05b", "If the broker is away, no worker can answer, and all are restarted.")
     can = Pool(project, "threads")
     command = f"celery -A limits inspect ping -d {can.node} --timeout 2"
     assert "pong" in project.run(command)
@@ -2364,7 +2364,7 @@ def test_autoscale_removes_slots_when_nothing_has_arrived_for_as_long_as_keepali
 
 def test_pool_grow_lasts_until_the_worker_is_restarted_and_a_green_worker_waits_two_seconds(project, tmp_path):
     stands("06", "`pool_grow` does that until the worker is restarted", "looks again only after two seconds")
-    stands("06b", "its main loop sits in a wait of two seconds")
+    stands("06b", "its main loop waits for two seconds")
     write_slotted(tmp_path)
     with tmp_path.joinpath("slotted.py").open("a") as file:
         file.write(WAITS)
