@@ -76,6 +76,7 @@ from redis.connection import Connection
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError
 from starlette.applications import Starlette
+from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
@@ -3092,6 +3093,22 @@ def test_the_library_s_variable_has_the_same_name_and_the_request_s_id():
 
     anyio.run(ask)
     assert seen == [id] and asgi_correlation_id.correlation_id is not correlation_id
+
+
+def test_an_id_that_is_not_reset_stays_in_the_context_of_a_test():
+    stands("07d", "the app shares the context of the test, so the id stays there")
+
+    async def with_id(request, call_next):
+        correlation_id.set("ada-7")
+        return await call_next(request)
+
+    async def ask() -> str | None:
+        transport = httpx.ASGITransport(BaseHTTPMiddleware(Starlette(), with_id))
+        async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
+            await client.get("/")
+        return correlation_id.get()
+
+    assert anyio.run(ask) == "ada-7"
 
 
 def test_the_lines_in_the_middleware_make_the_trace_id_the_correlation_id():
