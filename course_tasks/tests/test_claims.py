@@ -2363,6 +2363,19 @@ def test_autoscale_removes_slots_when_nothing_has_arrived_for_as_long_as_keepali
     assert [slots_at(34, 1, arrived=True), slots_at(63, 0), slots_at(65, 0)] == [10, 10, 1]
 
 
+def test_each_inspect_ping_imports_the_app(project, tmp_path):
+    stands("03b", "each probe starts a Python program that imports your app")
+    tmp_path.joinpath("noted.py").write_text(
+        "import os\nfrom pathlib import Path\nfrom celery import Celery\napp = Celery()\n"
+        "Path('imports').open('a').write(f'{os.getpid()}\\n')\n"
+    )
+    project.worker("celery -A noted worker --pool=solo --without-mingle --without-gossip")
+    for _ in range(2):
+        project.run("celery -A noted inspect ping")
+    imports = tmp_path.joinpath("imports").read_text().split()
+    assert len(imports) == len({*imports}) == 3  # the worker's, and one for each probe
+
+
 def test_pool_grow_lasts_until_the_worker_is_restarted_and_a_green_worker_waits_two_seconds(project, tmp_path):
     stands("06", "`pool_grow` does that until the worker is restarted", "looks again only after two seconds")
     stands("06b", "its main loop sits in a wait of two seconds")
