@@ -24,7 +24,7 @@ app.conf.update(
     # A task that runs is STARTED; else it would stay PENDING, which an unknown id is too.
     task_track_started=True,
     # A silent server is an error within a minute, where Celery would wait for ever (broker) or for many minutes
-    # (backend); a client gives up a backend that is down after 4 s, not after 19.
+    # (backend). If the backend is down, `get` gives up after about 4 s, where with Celery's defaults it takes about 19.
     broker_transport_options={"socket_timeout": 5},
     redis_socket_timeout=5,
     result_backend_transport_options={"retry_policy": {"max_retries": 5}},

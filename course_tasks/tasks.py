@@ -43,7 +43,8 @@ def notify(text: str) -> None:
 def flaky(self, failures: int = 1, pause: float = 1) -> int:
     """Fail ``failures`` times, as a service does that is not up yet; return the number of attempts.
 
-    Each failure is retried after ``pause`` seconds.
+    Each failure is retried after ``pause`` seconds. Nothing limits the number of attempts, so that a lesson may choose
+    it; a real task should have a limit (``max_retries``).
     """
     if self.request.retries < failures:
         raise self.retry(exc=ConnectionError("the service is not up yet"), countdown=pause)

@@ -76,6 +76,7 @@ from redis.connection import Connection
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError
 from starlette.applications import Starlette
+from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
@@ -741,7 +742,7 @@ def test_the_class_that_celery_makes_up_is_no_attribute_of_its_module():
 
 
 def test_an_exception_that_passes_all_its_arguments_on_comes_back(project):
-    stands("02b", "The cure is an `__init__` that passes all its arguments on: `super().__init__(city, street)`.")
+    stands("02b", "The fix is an `__init__` that passes all its arguments on: `super().__init__(city, street)`.")
     (project.folder / "notes.py").write_text(
         "from celery import Celery\n"
         "app = Celery('notes')\n"
@@ -2362,6 +2363,19 @@ def test_autoscale_removes_slots_when_nothing_has_arrived_for_as_long_as_keepali
     assert [slots_at(34, 1, arrived=True), slots_at(63, 0), slots_at(65, 0)] == [10, 10, 1]
 
 
+def test_each_inspect_ping_imports_the_app(project, tmp_path):
+    stands("03b", "each probe starts a Python program that imports your app")
+    tmp_path.joinpath("noted.py").write_text(
+        "import os\nfrom pathlib import Path\nfrom celery import Celery\napp = Celery()\n"
+        "Path('imports').open('a').write(f'{os.getpid()}\\n')\n"
+    )
+    project.worker("celery -A noted worker --pool=solo --without-mingle --without-gossip")
+    for _ in range(2):
+        project.run("celery -A noted inspect ping")
+    imports = tmp_path.joinpath("imports").read_text().split()
+    assert len(imports) == len({*imports}) == 3  # the worker's, and one for each probe
+
+
 def test_pool_grow_lasts_until_the_worker_is_restarted_and_a_green_worker_waits_two_seconds(project, tmp_path):
     stands("06", "`pool_grow` does that until the worker is restarted", "looks again only after two seconds")
     stands("06b", "its main loop waits for two seconds")
@@ -3092,6 +3106,22 @@ def test_the_library_s_variable_has_the_same_name_and_the_request_s_id():
 
     anyio.run(ask)
     assert seen == [id] and asgi_correlation_id.correlation_id is not correlation_id
+
+
+def test_an_id_that_is_not_reset_stays_in_the_context_of_a_test():
+    stands("07d", "the app shares the context of the test, so the id stays there")
+
+    async def with_id(request, call_next):
+        correlation_id.set("ada-7")
+        return await call_next(request)
+
+    async def ask() -> str | None:
+        transport = httpx.ASGITransport(BaseHTTPMiddleware(Starlette(), with_id))
+        async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
+            await client.get("/")
+        return correlation_id.get()
+
+    assert anyio.run(ask) == "ada-7"
 
 
 def test_the_lines_in_the_middleware_make_the_trace_id_the_correlation_id():
