@@ -289,7 +289,7 @@ def test_clients_push_a_message_in_at_the_left_end(project):
 
 
 def test_argsrepr_has_short_arguments_as_they_are_and_shortens_long_ones(project):
-    stands("01", "`argsrepr` is not enough, because Celery shortens it.")
+    stands("01", "`argsrepr` is not enough, because Celery shortens long arguments there.")
     for password in ("s3cret", "s3cret" * 1000):
         project.client().send_task("login", args=("ada", password), ignore_result=True)
         text = json.loads(project.broker.lindex("celery", 0))["headers"]["argsrepr"]
@@ -767,7 +767,7 @@ def test_inspect_names_tasks_that_are_pending(project):
         "02b",
         "| a worker names it in `inspect().active()` | it is running, and its worker doesn't store `STARTED` |",
         "| a worker names it in `inspect().scheduled()` | it waits for its `countdown` |",
-        "We wait for five seconds at most, and not after the second answer (`limit=2`).",
+        "We wait for five seconds at most, and we stop waiting after the second answer (`limit=2`).",
     )
     notes(project, more="--pool=threads -c 1")
     client = project.client()
