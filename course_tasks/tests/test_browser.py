@@ -87,9 +87,9 @@ class Lab:
         return re.sub(r"/lab[^?]*", f"/lab/workspaces/{uuid4().hex}/tree/my_notebooks/{name}", self.url)
 
     def cells(self, name: str = WELCOME) -> list[dict]:
-        """The saved chapter's code cells."""
-        notebook = json.loads((self.notebooks / name).read_text())
-        return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+        """The saved chapter's code cells; none while Lab is writing the file."""
+        text = (self.notebooks / name).read_text()
+        return [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"] if text else []
 
     def ask_on(self) -> None:
         """Have requests under way from now on, until Lab answers no more, on connections that stay open as a page's."""
@@ -199,8 +199,11 @@ def save(page: api.Page, lab: Lab, name: str = WELCOME) -> None:
     """Save the chapter, and see that every cell has run and none has failed."""
     page.keyboard.press("Control+s")  # the autosave may have been faster: then there is nothing left to save
     page.wait_for_function("() => !document.querySelector('.lm-TabBar-tab.jp-mod-dirty')")
-    until(lambda: all(cell["execution_count"] for cell in lab.cells(name)), "every cell has run and is saved")
-    for cell in lab.cells(name):
+    def saved() -> list[dict]:
+        found = lab.cells(name)
+        return found if all(cell["execution_count"] for cell in found) else []
+
+    for cell in until(saved, "every cell has run and is saved"):
         assert all(output["output_type"] != "error" for output in cell["outputs"]), cell["outputs"]
         assert all(output.get("name") != "stderr" for output in cell["outputs"]), cell["outputs"]
 
@@ -483,7 +486,7 @@ def test_an_experiment_is_done_with_the_keyboard_alone(page, lab):
     assert page.evaluate(FOCUSED) == "Run", "the focus stays where it was"
     page.keyboard.press("Space")
     api.expect(status).to_contain_text("Run 2 is over")
-    picture = page.locator("img[alt*='2: prefork -c 2, wait: 8 tasks on 2 slots']")
+    picture = page.locator("img[alt*='2: prefork -c 2, wait: 8 tasks used 2 slots']")
     page.wait_for_function("image => image.complete && image.naturalWidth", arg=picture.element_handle())
     api.expect(page.locator(".jp-Notebook .widget-html td").first).to_have_text("1")
     assert page.locator(".jp-Notebook .widget-html tr").count() == 3
