@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,6 +154,9 @@ def install(dev: bool = False, pack: Path | None = None) -> None:
     """
     import fcntl  # not on Windows, where the command line ends earlier
 
+    from course_tasks.pack import opened
+
+    archive = opened(pack) if pack else None  # a file that doesn't fit is worth a word even if nothing is missing
     try:
         if is_ready(dev):
             return
@@ -163,7 +167,7 @@ def install(dev: bool = False, pack: Path | None = None) -> None:
                 say("Another run is installing into .venv just now; waiting for it.")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if not is_ready(dev):
-                _install(dev, lock.fileno(), pack)
+                _install(dev, lock.fileno(), archive)
     except BrokenPipeError:  # nobody reads what is said, which is no fault of .venv's
         raise
     except OSError as error:
@@ -172,10 +176,7 @@ def install(dev: bool = False, pack: Path | None = None) -> None:
         raise Problem(f"Installing into {VENV} failed: {error}. Mend that, and run the same command again.") from None
 
 
-def _install(dev: bool, lock: int, pack: Path | None) -> None:
-    from course_tasks.pack import opened
-
-    archive = opened(pack) if pack else None
+def _install(dev: bool, lock: int, archive: zipfile.ZipFile | None) -> None:
     old, started = read_stamp(), time.monotonic()
     new = complete_stamp(old or {}, dev)
     fits = PYTHON.exists() and all((old or {}).get(key) == new[key] for key in ("venv", "python"))
@@ -187,7 +188,7 @@ def _install(dev: bool, lock: int, pack: Path | None) -> None:
     VENV.mkdir(exist_ok=True)
     STAMP.write_text("")
     if fresh:
-        load = f"from {pack}" if pack else "80 MB to download"
+        load = f"from {archive.filename}" if archive else "80 MB to download"
         say(f"Installing what the course needs into .venv: {load}, a minute at most, only this once.")
         _make_empty_venv()
     else:

@@ -4,9 +4,11 @@ The file is a zip of wheels and of MANIFEST, which says what they are for. What 
 """
 
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import subprocess
@@ -62,6 +64,7 @@ def write(file: Path, pythons: list[str] | None, platforms: list[str] | None) ->
             raise Problem(f"The course needs Python 3.11 or newer, so --python takes 3.12, say, and not {python}.")
         if name not in PLATFORMS:
             raise Problem(f"There are no packages for {name}. Name another platform: {', '.join(PLATFORMS)}.")
+    _check_place(file)
     new = file.with_name(f"{file.name}.new")
     manifest = {"pins": _pins(), "for": [" on ".join(pair) for pair in targets]}
     with tempfile.TemporaryDirectory(prefix="course-") as folder:
@@ -76,9 +79,23 @@ def write(file: Path, pythons: list[str] | None, platforms: list[str] | None) ->
             new.replace(file)
         except OSError as error:
             new.unlink(missing_ok=True)
-            raise Problem(f"Can't write {file}: {error.strerror}. Name another file, or make room for it.") from None
+            raise _unwritable(file, error) from None
     say(f"{file} is written ({file.stat().st_size / 1e6:.0f} MB). With it, in the folder of the same course elsewhere:")
     say(f"python3 -m course_tasks install --from {file.name}")
+
+
+def _unwritable(file: Path, error: OSError) -> Problem:
+    return Problem(f"Can't write {file}: {error.strerror}. Name another file, or make room for it.")
+
+
+def _check_place(file: Path) -> None:
+    """Raises Problem if the file can't be written: better now than after the download."""
+    try:
+        tempfile.TemporaryFile(dir=file.absolute().parent).close()
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    except OSError as error:
+        raise _unwritable(file, error) from None
 
 
 def _download(python: str, name: str, folder: str) -> None:

@@ -28,11 +28,11 @@ class Calls:
     """
 
     def __init__(self, rows: Mapping[str, Sequence[float]]):
-        for name, times in rows.items():
-            if not times or not all(isinstance(time, int | float) for time in times):
-                raise ClassroomError(f"Calls takes lists of times in seconds. {name!r} is no such list.")
-        if not rows:
+        if not isinstance(rows, Mapping) or not rows:
             raise ClassroomError('Calls takes a dictionary of at least one list, as in Calls({"fixed": times}).')
+        for name, times in rows.items():
+            if not isinstance(times, Sequence) or not times or not all(isinstance(time, int | float) for time in times):
+                raise ClassroomError(f"Calls takes lists of times in seconds. {name!r} is no such list.")
         self.rows = {name: [time - min(times) for time in times] for name, times in rows.items()}
 
     def __repr__(self) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from IPython.display import display
 
 from course_tasks import copies, exercises, progress
+from course_tasks.classroom.errors import refuse_words
 
 HEADINGS = ("Chapter", "Exercises", "Quiz", "State")
 CELL = "text-align:left;padding:3px 14px 3px 8px"
@@ -16,6 +17,7 @@ LIT = "background:var(--jp-layout-color2,transparent);font-weight:bold"
 
 def show(line: str = "") -> None:
     """Show the map of the course: what you have right in each chapter, and where you stopped."""
+    refuse_words("progress", line)
     known, state = copies.chapters(), progress.read()
     rows = [_row(chapter, path, state) for chapter, path in known.items()]
     widths = [max(map(len, column)) for column in zip(HEADINGS, *rows, strict=True)]

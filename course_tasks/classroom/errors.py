@@ -6,3 +6,9 @@ class ClassroomError(Exception):
 
     def _render_traceback_(self) -> list[str]:
         return [str(self)]
+
+
+def refuse_words(magic: str, line: str) -> None:
+    """Raise ClassroomError if a magic that takes no words is given some; a comment is none."""
+    if words := line.partition("#")[0].strip():
+        raise ClassroomError(f"%{magic} takes nothing, and this says {words!r}. Write it alone in its line.")

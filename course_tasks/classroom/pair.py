@@ -8,7 +8,7 @@ import socket
 import psutil
 
 from course_tasks import servers
-from course_tasks.classroom.errors import ClassroomError
+from course_tasks.classroom.errors import ClassroomError, refuse_words
 from course_tasks.classroom.terminal import whose
 from course_tasks.jupyter.first_cell import notebook_name
 
@@ -23,11 +23,12 @@ def show_servers(line: str = "") -> None:
     their own, it prints which workers answer already.
 
     Args:
-        line: what follows the magic; it is not used.
+        line: what follows the magic; it takes nothing.
 
     Raises:
-        ClassroomError: there are no usable servers.
+        ClassroomError: there are no usable servers, or the line has words in it.
     """
+    refuse_words("servers", line)
     name = notebook_name()
     os.environ["COURSE_NOTEBOOK"] = name  # for the terminal cells: see `whose`
     try:

@@ -29,6 +29,8 @@ from course_tasks.servers import runtime_directory
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 # What a program says when it can be used: a worker, a Redis or Valkey server, celery beat, an ASGI server.
 READY = r" ready\.$|[Rr]eady to accept connections|\. maxinterval -> |Uvicorn running on "
+# A command that starts a worker, and the option without which it doesn't say so.
+WORKER, TELLS = r"\bcelery\b.*\bworker\b", r"(?i)(?:--loglevel|-l)[\s=]*(?:info|debug)\b"
 # How a worker says that it is done with a task, one way or another.
 DONE = r"\] (succeeded in|raised (un)?expected|ignored|rejected|INTERNAL ERROR)|Discarding revoked task|Terminat"
 KEPT, SHOWN, PRINTED = 20_000, 300, 1000  # lines: kept in the log, shown in the pane, printed by %tail
@@ -391,8 +393,10 @@ class TerminalMagics(Magics):
             raise ClassroomError(f"Interrupted: {options.name} was stopped before it was ready.") from None
         if not over:
             self._end([terminal], b"k", 10)
-            waited = f"{options.timeout:g} s"
-            raise ClassroomError(f"{options.name} was not ready after {waited}, so it was stopped.{_last(terminal)}")
+            text = f"{options.name} was not ready after {options.timeout:g} s, so it was stopped."
+            if options.ready == READY and re.search(WORKER, cell) and not re.search(TELLS, cell):
+                text += " Without --loglevel=INFO, a worker doesn't say when it is ready."
+            raise ClassroomError(f"{text}{_last(terminal)}")
         if terminal.ready_at is None and (code := terminal.process.wait()):
             raise ClassroomError(f"{options.name} died before it was ready (exit code {code}).{_last(terminal)}")
         terminal.show()

@@ -81,13 +81,16 @@ def wait_until(condition: Callable[[], T], seconds: float = 10, what: str = "") 
         What the condition returned in the end.
 
     Raises:
-        ClassroomError: it didn't return anything true in time.
+        ClassroomError: it didn't return anything true in time, or can't be called.
 
     Example:
         >>> result = client.send_task("add_long", args=(1, 2, 5))
         >>> wait_until(lambda: result.state == "STARTED", what="the start of the task")
         True
     """
+    if not callable(condition):
+        advice = "wait_until takes a function, which it calls again and again: write `lambda:` before the condition"
+        raise ClassroomError(f"{advice}, as in wait_until(lambda: result.ready()).")
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         if time.monotonic() > deadline:

@@ -23,7 +23,7 @@ def _ask(client: Celery, question: str) -> Any:
 
 
 def _taken(answer: Callable) -> str | None:
-    client = Celery()
+    client = Celery(set_as_current=False)
     before = sum(_ask(client, "stats")["total"].values())
     if (given := _number(answer)) != before:
         return f"w1 has started {before} tasks so far, but your function says {given!r}."
@@ -57,7 +57,7 @@ def _wait_until_idle(client: Celery) -> None:
 
 
 def _running(answer: Callable) -> str | None:
-    client = Celery()
+    client = Celery(set_as_current=False)
     _wait_until_idle(client)
     first, second = (client.send_task("add_long", args=(1, 2, seconds)) for seconds in (1.5, 0))
     deadline = time.monotonic() + 10

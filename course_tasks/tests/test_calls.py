@@ -35,7 +35,7 @@ def test_names_are_escaped():
     ET.fromstring(Calls({"<b>&": [1]}).svg())
 
 
-@pytest.mark.parametrize("rows", [{}, {"fixed": []}, {"fixed": ["now"]}])
+@pytest.mark.parametrize("rows", [{}, {"fixed": []}, {"fixed": ["now"]}, {"fixed": 1}, [1, 2], None])
 def test_other_things_are_refused_in_one_line(rows):
     with pytest.raises(ClassroomError) as raised:
         Calls(rows)

@@ -2,6 +2,7 @@
 
 import pytest
 from celery import Celery
+from celery._state import get_current_app
 
 from course_tasks.classroom import check, free_port
 from course_tasks.tests.plugin import listens
@@ -44,6 +45,18 @@ def test_a_judge_that_asks_a_worker_says_when_it_is_the_broker_that_is_away(caps
     printed = capsys.readouterr().out
     assert printed.startswith(f"❌ {exercise}: The broker or the backend doesn't answer (")
     assert printed.endswith("Run %servers.\n")
+
+
+@pytest.mark.parametrize("exercise", ["03-1", "03b-1", "03b-2"])
+def test_a_judge_that_needs_an_app_does_not_make_it_the_learners_current_one(exercise):
+    before, own = get_current_app(), Celery("own", set_as_current=False)
+    own.set_current()
+    try:
+        with addressed("redis://localhost:1/0"):
+            check(exercise, lambda name: 0)
+        assert get_current_app() is own
+    finally:
+        before.set_current()
 
 
 def test_slots_that_a_busy_machine_left_idle_are_counted(pair, capsys):

@@ -106,6 +106,8 @@ def test_without_network_a_file_is_enough(packed, tmp_path):
     assert (code, err) == (0, "") and out.endswith(READY)
     assert clone.works() and not (clone.venv / "wheels").exists()
     assert clone.run("install", prefix=empty, **refusing) == (0, READY, "")
+    code, out, err = clone.run("install", "--from", "mistyped.zip")
+    assert (code, out) == (1, "") and LINE.fullmatch(err) and "No such file or directory" in err
 
 
 def test_a_file_for_other_pythons_and_platforms(packed):
@@ -129,11 +131,13 @@ def test_a_file_for_other_pythons_and_platforms(packed):
         (["--platform", "windows"], 2, "'linux-x86_64', 'linux-aarch64', 'macos-arm64', 'macos-x86_64'"),
         (["--fast"], 2, "pack takes no --fast"),
         (["nowhere/at/all.zip"], 1, "nowhere/at/all.zip: No such file or directory. Name another file"),
+        (["course_tasks"], 1, "course_tasks: Is a directory. Name another file"),
     ],
 )
 def test_wrong_words_are_one_line(packed, options, code, text):
-    ended, _, err = packed.run("pack", *options, **packed.wheels)
+    ended, out, err = packed.run("pack", *options, **packed.wheels)
     assert ended == code and LINE.fullmatch(err) and text in err
+    assert "Downloading" not in out, "what is wrong is said before the download"
 
 
 def test_a_file_that_does_not_fit_is_one_line_and_changes_nothing(packed, tmp_path):

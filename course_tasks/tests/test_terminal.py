@@ -208,6 +208,16 @@ def test_running_the_cell_again_replaces_the_command(kernel, mark):
             "%%terminal one --timeout 0.5\npython -c \"import time; '{mark}'; time.sleep(600)\"",
             r"one was not ready after 0.5 s",
         ),
+        (
+            "%%terminal one --timeout 0.5\n: celery worker; sleep 600; : {mark}",
+            r"stopped\. Without --loglevel=INFO, a worker doesn't say when it is ready\.",
+        ),
+        (
+            "%%terminal one --timeout 0.5\n: celery worker -l info; sleep 600; : {mark}",
+            r"so it was stopped\.\nIt wrote",
+        ),
+        ("%servers or not", r"%servers takes nothing, and this says 'or not'"),
+        ("%progress 05", r"%progress takes nothing, and this says '05'"),
         ("%%terminal one --ready '(['\necho {mark}", r"--ready takes a regular expression"),
         ("%%terminal one\n# nothing but a comment {mark}", r"There is no command for 'one'"),
         ("%tail nobody", r"no terminal called 'nobody'.*none yet"),

@@ -56,6 +56,11 @@ def one_line(*parts: str):
     assert [part for part in parts if part not in str(raised.value)] == [], str(raised.value)
 
 
+def test_wait_until_says_that_a_condition_needs_a_lambda():
+    with one_line("takes a function", "write `lambda:` before the condition"):
+        wait_until(1 == 2)
+
+
 def test_wait_until_returns_what_the_condition_found():
     looks = iter([0, None, [], "found"])
     assert wait_until(lambda: next(looks)) == "found"
