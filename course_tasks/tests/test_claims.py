@@ -2467,8 +2467,10 @@ import logging
 @app.task(name="first")
 def first():
     second.delay()
-@app.task(name="second")
-def second():
+@app.task(name="second", bind=True)
+def second(self):
+    if not self.request.retries:
+        raise self.retry(countdown=0)
     logging.getLogger("cards").warning("card refused")
     app.send_task("third", queue="nobody")
 """
@@ -2480,6 +2482,26 @@ def second():
     assert headers["root_id"] == "a-root" not in (headers["id"], headers["parent_id"])
     assert "a-root" not in project.log()
     assert re.search(r"(?m)^\[[^]]*\] card refused$", project.log())
+
+
+def test_with_redis_a_stored_success_stays(project):
+    stands("07", "With Redis, a SUCCESS stays there as it is")
+    client = project.client()
+    client.backend.store_result("one", 2, "SUCCESS")
+    error = LookupError("no card")
+    for state, what in (("STARTED", {}), ("RETRY", error), ("FAILURE", error), ("REVOKED", error), ("SUCCESS", 4)):
+        client.backend.store_result("one", what, state)
+        stored = client.AsyncResult("one")
+        assert (stored.state, stored.result) == ("SUCCESS", 2), state
+
+
+def test_a_printed_text_is_one_record_however_many_lines_it_has(project):
+    stands("07", "The second printed line is missing", "at its beginning, even if it is many lines long")
+    printing = '@app.task(name="prints")\ndef prints():\n    print("one line\\nand another")'
+    ids_worker(project, "shop", settings=printing)
+    under(project, "shop", "prints")
+    assert line_of(project, "one line").endswith(" ada-7] one line")
+    assert line_of(project, "and another") == "and another"
 
 
 # --- 07b -----------------------------------------------------------------------------------------------------
@@ -2704,7 +2726,8 @@ def test_a_message_without_root_id_has_the_task_s_own_id(project):
     client = project.client()
     client.conf.task_protocol = 1  # an old one, without root_id
     task = client.send_task("pack", queue="shop").id
-    assert f" {task}] " in line_of(project, "received", task)
+    for line in (("received", task), (f"pack[{task[:8]}]: packed",), ("succeeded", task)):
+        assert f" {task}] " in line_of(project, *line)
 
 
 @pytest.mark.parametrize("redirects", [True, False])
@@ -2762,8 +2785,10 @@ def prints():
 """
     ids_worker(project, "shop", settings=settings)
     task = under(project, "shop", "prints").id
+    line_of(project, f"Task prints[{task}] succeeded")
     for text in ("this was printed", "this was logged", f"Task prints[{task}] received"):
         line = line_of(project, text)
+        assert project.log().count(text) == 1
         assert line == f"<ada-7> {text}" if not hijack else line.endswith(f" ada-7] {text}")
 
 

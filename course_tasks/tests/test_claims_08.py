@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import sqlite3
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from unittest import mock
 
 import pytest
@@ -18,6 +18,7 @@ from course_tasks.tests.plugin import logged, node_stats, stands, until
 
 FRAGILE = """
 import os
+import signal
 import time
 from celery import Celery
 from redis import Redis
@@ -76,6 +77,11 @@ def parked(self, seconds):
     work(self, seconds)
     if not store.exists("repaired"):
         raise ValueError("it fails")
+
+@app.task(name="dies", bind=True)
+def dies(self, times):
+    if store.hincrby(self.request.id, "starts", 1) <= times:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 @app.task(name="slow", bind=True, soft_time_limit=1, autoretry_for=(Exception,), max_retries=1, default_retry_delay=0)
 def slow(self):
@@ -369,14 +375,39 @@ def test_a_lock_belongs_to_its_owner_and_disappears_by_itself(project):
         "it sets a key in Redis that only its owner may delete, with a time after which it disappears by itself",
         "if the timeout is shorter than the task, a second task gets in while the first one is still at work",
     )
-    first, second = (project.backend.lock("lock", timeout=0.2) for _ in range(2))
-    assert first.acquire(blocking=False) and not second.acquire(blocking=False)
+    first, second = (project.backend.lock("lock", timeout=seconds) for seconds in (0.2, 600))
+    assert first.acquire(blocking=False)
+    assert project.backend.pttl("lock") in {-2, *range(201)}  # -2: it is gone
     until(lambda: second.acquire(blocking=False), "the lock disappears")
     with pytest.raises(LockNotOwnedError):
         first.release()
+    assert second.owned()
     stands("08c", "Without a timeout, Eve's tasks would retry for ever.")
     assert project.backend.lock("for ever").acquire() and project.backend.ttl("for ever") == -1
-    assert 0 < project.backend.pttl("lock") <= 200 or not project.backend.exists("lock")
+
+
+def test_a_task_that_finds_no_free_lock_comes_back_later_however_often(project):
+    stands("08c", "It comes back later with a retry", "Without a timeout, Eve's tasks would retry for ever.")
+    client = project.client()
+
+    @client.task(bind=True, max_retries=None)
+    def turn(self): ...
+
+    delivery = {"exchange": "", "routing_key": "look"}
+    turn.push_request(id="eve", args=(), kwargs={}, retries=10**6, called_directly=False, delivery_info=delivery)
+    before = datetime.now(UTC)
+    assert isinstance(turn.retry(countdown=0.2, throw=False), Retry)
+    headers = json.loads(project.broker.rpop("look"))["headers"]
+    assert headers["retries"] == 10**6 + 1
+    assert datetime.fromisoformat(headers["eta"]) >= before + timedelta(seconds=0.2)
+
+
+def test_a_task_comes_back_each_time_its_process_dies(project):
+    stands("08c", "The tasks are acknowledged late, and they come back if their process dies.")
+    client = start(project, "task_acks_late=True, task_reject_on_worker_lost=True")
+    result = client.send_task("dies", args=(2,))
+    result.get(timeout=60)
+    assert counted(project, result) == {"starts": 3}
 
 
 def test_a_lock_and_a_dedupe_key_are_set_in_one_step_and_a_lock_counts_in_seconds(project):
