@@ -199,6 +199,7 @@ def save(page: api.Page, lab: Lab, name: str = WELCOME) -> None:
     """Save the chapter, and see that every cell has run and none has failed."""
     page.keyboard.press("Control+s")  # the autosave may have been faster: then there is nothing left to save
     page.wait_for_function("() => !document.querySelector('.lm-TabBar-tab.jp-mod-dirty')")
+
     def saved() -> list[dict]:
         found = lab.cells(name)
         return found if all(cell["execution_count"] for cell in found) else []
