@@ -4,7 +4,9 @@ import contextlib
 import importlib.util
 import json
 import re
+import signal
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from course_tasks.spans import FIELDS
 DOTS = ("...", "…", "")  # an answer that the learner has not given yet, as a text
 RENAMED = 'Change the name in this cell back to the course\'s own, such as "00-1".'
 KEPT = 1000  # of the tasks that were sent
+PATIENCE = 30  # seconds for a call of a learner's function; some wait for results on purpose
 WRITEFILE = re.compile(r"(?s)%%writefile (\S+)\n(.*)")
 WIDTH = 90  # letters in a line of an explanation: JupyterLab breaks longer lines in the middle of a word
 # What a learner calls the types of answers.
@@ -28,9 +31,12 @@ WORDS = {
     "Task": "a task",
     "dict": "a dictionary",
     "float": "a number",
+    "frozenset": "a frozenset",
     "function": "a function",
+    "generator": "a generator",
     "int": "a whole number",
     "list": "a list",
+    "set": "a set",
     "str": "a text",
     "tuple": "a tuple",
 }
@@ -182,15 +188,42 @@ def called(answer: Callable, *args: Any, case: str = "") -> Any:
         What the function returns.
 
     Raises:
-        WrongAnswer: the function raised something, even if that would end a program (SystemExit).
+        WrongAnswer: the function raised something, even if that would end a program (SystemExit), or it didn't end in
+            30 seconds.
         KeyboardInterrupt: the learner interrupted it.
     """
     try:
-        return answer(*args)
+        with _limited():
+            return answer(*args)
     except KeyboardInterrupt:
         raise
+    except _TooLong:
+        raise WrongAnswer(f"{case}your function was still running after {PATIENCE} seconds.") from None
     except BaseException as error:
         raise WrongAnswer(f"{case}your function raised {type(error).__name__}: {error}.") from error
+
+
+class _TooLong(BaseException):
+    """Ends a function that takes too long."""
+
+
+@contextlib.contextmanager
+def _limited() -> Iterator[None]:
+    """End the code in the `with` block after a while, where that is possible: in the main thread, as in a notebook."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(*_: Any) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE, 1)  # and again each second, if the function catches everything
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def unfit_spans(answer: list, tasks: int, seconds: float) -> str | None:
@@ -248,6 +281,10 @@ def check(exercise: str, answer: Any) -> None:
     """
     try:
         print(_verdict(exercise, answer))
+    except KeyboardInterrupt:
+        print(
+            f"☐ {exercise}: not judged, because you have interrupted it. If it ran for long, look for an endless loop."
+        )
     except Exception as error:  # a learner's object may do anything when it is looked at
         print(f"❌ {exercise}: your answer could not be judged: {type(error).__name__}: {error}")
 
@@ -273,7 +310,7 @@ def _verdict(exercise: str, answer: Any) -> str:
     found = all_of(chapter).get(exercise)
     if found is None:
         return f"There is no exercise {exercise!r}. {RENAMED}"
-    if answer is ...:
+    if answer is ... or (isinstance(answer, tuple | list) and answer and all(map(_is_dots, answer))):
         line = f"☐ {exercise}: still to do. Put your answer in place of the dots (...), and run both cells again."
         return line + _remember(chapter, "exercises", exercise, "open")[1]
     if found.project and _as_delivered(chapter, found.project):
@@ -313,6 +350,10 @@ def _quiz_verdict(question: str, answer: Any) -> str:
         return f"❌ quiz {question}: {_unmarked(reason)}" + _remember(chapter, "quiz", question, "wrong")[1]
     notice = _remember(chapter, "quiz", question, "right")[1]
     return f"✅ quiz {question}: right. {explanation(question)}".rstrip() + notice
+
+
+def _is_dots(answer: Any) -> bool:
+    return answer is ... or (isinstance(answer, str) and answer.strip() in DOTS[:2])
 
 
 def _as_delivered(chapter: str, folder: str) -> bool:

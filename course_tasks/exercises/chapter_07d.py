@@ -2,8 +2,6 @@
 
 import json
 import re
-import shlex
-import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from contextvars import copy_context
@@ -65,6 +63,13 @@ class Keep(logging.Handler):
         records.append([record.getMessage(), getattr(record, "request_correlation_id", None)])
 logging.root.addHandler(Keep())
 logging.root.setLevel(logging.INFO)
+import service
+sends = service.client.send_task
+def send(name, *args, **options):
+    if "zoe" in str((args, options)):
+        raise RuntimeError("the shop is closed")
+    return sends(name, *args, **options)
+service.client.send_task = send
 from web import app
 server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off"))
 thread = threading.Thread(target=server.run, daemon=True)
@@ -78,6 +83,7 @@ with httpx.Client(trust_env=False, timeout=10) as client:
         headers = {"X-Request-ID": id} if id else {}
         answer = client.post(f"http://127.0.0.1:{port}/orders/{customer}", headers=headers)
         answers.append([customer, answer.status_code, answer.headers.get_list("X-Request-ID")])
+    client.post(f"http://127.0.0.1:{port}/orders/zoe", headers={"X-Request-ID": "zoe-1"})
 server.should_exit = True
 thread.join(5)
 print(json.dumps([answers, records]))
@@ -86,16 +92,15 @@ print(json.dumps([answers, records]))
 
 def _keeps_ids(folder: str) -> str | None:
     with Project(folder) as project:
-        said = project.run(f"{shlex.quote(sys.executable)} -c {shlex.quote(TRY)}")
-        answers, records = json.loads(said.splitlines()[-1])
+        answers, records = project.loaded(TRY, "web.py")
         messages = [json.loads(message)["headers"] for message in project.broker.lrange("shop", 0, -1)]
+    for customer, status, ids in answers:
+        if status != 200 or len(ids) != 1:
+            return f"the order of {customer} was answered with the status {status} and {len(ids)} headers X-Request-ID."
     if len(messages) != len(answers):
         return f"{len(answers)} orders came in, and {len(messages)} messages are in the queue."
     seen = set()
-    for (customer, status, ids), headers in zip(answers, reversed(messages), strict=True):
-        if status != 200 or len(ids) != 1:
-            return f"the order of {customer} was answered with the status {status} and {len(ids)} headers X-Request-ID."
-        [id] = ids
+    for (customer, _, [id]), headers in zip(answers, reversed(messages), strict=True):
         given = {"ada": "ada-7", "ben": "ben-8"}.get(customer, id)
         if id != given:
             return f"the request had the id {given}, and its answer has {id!r}."
@@ -111,8 +116,15 @@ def _keeps_ids(folder: str) -> str | None:
             found = [of for line, of in records if text in line]
             if not found:
                 return f"the log has no line with {text.strip()!r}."
+            if len(found) > 1:
+                return f"the log has {len(found)} lines with {text.strip()!r}. One of them should not be there."
             if found != [id]:
                 return f"the {what} of {customer}'s request has the id {found[0]!r}, and the answer has {id!r}."
+    crashed = [of for line, of in records if "Exception in ASGI application" in line]
+    if not crashed:
+        return "if the service crashes, the log doesn't say so any more. Don't catch what `call_next` raises."
+    if crashed != ["zoe-1"]:
+        return f"if the service crashes, the line above the traceback has {crashed[0]!r} instead of the request's id."
     return None
 
 
@@ -139,6 +151,12 @@ app = {app}
 
 SET = 'correlation_id.set(new_id(request.headers.get("X-Request-ID")))\n'
 ANSWER = 'response = await call_next(request)\nresponse.headers["X-Request-ID"] = {}\n'
+CAREFUL = """try:
+    response = await call_next(request)
+except Exception:
+    {}
+response.headers["X-Request-ID"] = correlation_id.get()
+return response"""
 PLAIN = """
 class WithId:
     def __init__(self, app):
@@ -215,6 +233,15 @@ EXERCISES = {
                 + "return response"
             ): "was answered with 'eve] 9'",
             _web(SET + "return await call_next(request)"): "0 headers X-Request-ID",
+            _web(SET + ANSWER.replace("await ", "").format("correlation_id.get()") + "return response"): "status 500",
+            _web(
+                f"token = {SET}" + CAREFUL.format("correlation_id.reset(token)\n    raise")
+            ): "the line above the traceback has",
+            _web(
+                SET + CAREFUL.format("response = Response(status_code=500)"),
+                more="from starlette.responses import Response",
+            ): ("Don't catch what"),
+            "%%writefile scratch/ben/web.py\ndef with_id(": "`web.py` ended with an error: SyntaxError",
             _web(ANSWER.format('new_id(request.headers.get("X-Request-ID"))') + SET + "return response"): (
                 "the message about the order of ada has None"
             ),

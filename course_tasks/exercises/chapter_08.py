@@ -110,7 +110,7 @@ def _lifetime(watched: Watched) -> str | None:
 
 def _nightly(folder: str) -> str | None:
     with Project(folder) as project:
-        settings = project.loaded(SETTINGS)
+        settings = project.loaded(SETTINGS, "mails.py or reports.py")
         for module, (options, late) in settings.items():
             timeout = (options or {}).get("visibility_timeout", 60 * 60)
             if isinstance(timeout, bool) or not isinstance(timeout, int | float):

@@ -1,5 +1,6 @@
 """The exercises and the quiz of chapter 09b."""
 
+import re
 from collections.abc import Callable
 from unittest import mock
 
@@ -24,6 +25,8 @@ def _states(answer: dict) -> str | None:
     if answer.keys() != STATES.keys():
         return f"its keys should be a, b, c and d, and they are {', '.join(map(str, answer)) or 'missing'}."
     for name, state in STATES.items():
+        if str(answer[name]).upper() == state != answer[name]:
+            return f"Celery writes states as texts in capitals, and you have {answer[name]!r} for {name}."
         if answer[name] != state:
             return f"the state of {name} is not {answer[name]!r}: {WHY[name]}."
     return None
@@ -74,6 +77,8 @@ def _books(folder: str) -> str | None:
                 return "not every page was printed by the worker."
             if log.count("Task bind[") < 2 * count:
                 return "the book was not bound by the worker."
+            if not re.search(rf"Task bind\[\S+ succeeded in \S+ {re.escape(repr(wanted))}", log):
+                return f"the task bind did not return {wanted!r}. Look at what it gets from the pages."
     return None
 
 
@@ -96,6 +101,7 @@ EXERCISES = {
         judge=_states,
         wrong={
             "answer = {}": "they are missing",
+            f"answer = {ALL.replace('SUCCESS', 'success')}": "texts in capitals",
             f"answer = {ALL.replace('SUCCESS', 'FAILURE')}": "the state of a is not",
             f"answer = {ALL.replace('FAILURE', 'REVOKED')}": "the state of b is not",
             'answer = {"a": "SUCCESS", "b": "FAILURE", "c": "PENDING", "d": "PENDING"}': "the state of c is not",
@@ -137,6 +143,9 @@ EXERCISES = {
         project="scratch/books",
         wrong={
             ORDER.format("print(chain(group(*pages), bind.s())().get(timeout=10))"): "prints 'O+N+E'",
+            ORDER.format("print(chord([*pages, page.s('')], bind.s())().get(timeout=10).rstrip('+'))"): (
+                "bind did not return 'ONE'"
+            ),
             ORDER.format("print('+'.join(texts).upper())"): "not every page was printed",
             ORDER.format("print('+'.join(group(pages)().get(timeout=10)))"): "the book was not bound",
             ORDER.format("print(chord(group(group(pages), page.s('x')), bind.s())().get(timeout=10))"): "ONE+X",

@@ -16,19 +16,21 @@ from zoneinfo import ZoneInfo
 from celery.schedules import maybe_schedule
 from shop import app
 
-berlin, found = ZoneInfo("Europe/Berlin"), []
-for entry in app.conf.beat_schedule.values():
-    rule = maybe_schedule(entry["schedule"], app=app)
-    rule.app = app
-    for month in (1, 7):
-        now = last = datetime(2026, month, 15, tzinfo=berlin).astimezone(UTC)
+app.finalize()
+berlin, found = ZoneInfo("Europe/Berlin"), {}
+for month, day in ((1, 15), (7, 15), (1, 18), (3, 30), (10, 31)):
+    times = found[f"{datetime(2026, month, day):%A, %d %B}"] = []
+    for entry in app.conf.beat_schedule.values():
+        rule = maybe_schedule(entry["schedule"], app=app)
+        rule.app = app
+        now = last = datetime(2026, month, day, tzinfo=berlin).astimezone(UTC)
         rule.nowfun = lambda: now.astimezone(app.timezone)
         for _ in range(24 * 60):
             if entry["task"] == "invoices" and rule.is_due(last.astimezone(app.timezone))[0]:
-                found.append(f"{now.astimezone(berlin):%m %H:%M}")
+                times.append(f"{now.astimezone(berlin):%H:%M}")
                 last = now
             now += timedelta(minutes=1)
-print(json.dumps(found))
+print(json.dumps([found, "invoices" in app.tasks]))
 """
 
 
@@ -45,6 +47,8 @@ def _weekdays(answer: crontab) -> str | None:
 
 
 def _entry(answer: dict[str, Any]) -> str | None:
+    if len(answer) == 1 and isinstance(next(iter(answer.values())), dict):
+        return "this is a schedule with an entry in it. The answer should be the entry alone, without its name."
     if answer.get("task") != "report":
         return "its task isn't report."
     rule = answer.get("schedule")
@@ -57,7 +61,8 @@ def _entry(answer: dict[str, Any]) -> str | None:
         seconds = seconds.total_seconds() if isinstance(seconds, timedelta) else seconds
         every = not isinstance(seconds, bool) and seconds == 600
     if not every:
-        return "its schedule isn't every ten minutes. A number means seconds."
+        hint = "" if isinstance(rule, crontab) else " A number means seconds."
+        return f"its schedule isn't every ten minutes.{hint}"
     options = answer.get("options") or {}
     if options.get("queue") != "reports":
         return "its options don't name the queue reports."
@@ -70,21 +75,22 @@ def _entry(answer: dict[str, Any]) -> str | None:
         return "its expires isn't a number of seconds."
     if expires == 600:
         return "a report expires after 600 seconds, and beat may send the next one a moment before that. Choose less."
-    if not 0 < expires < 600:
+    if expires <= 0:
+        return f"with expires {expires:g}, each report has expired before a worker can take it."
+    if expires > 600:
         return f"a report expires {expires:g} seconds after it was sent, and the next one is sent after 600."
     return None
 
 
 def _invoices(folder: str) -> str | None:
     with Project(folder) as project:
-        found = project.loaded(SIMULATED)
-    for month, name in (("01", "in winter"), ("07", "in summer")):
-        times = [each[3:] for each in found if each[:2] == month]
+        found, known = project.loaded(SIMULATED, "shop.py")
+    for day, times in found.items():
         if len(times) != 1:
-            return f"{name}, the invoices are sent {len(times)} times a day."
+            return f"on {day}, the invoices are sent {len(times)} times."
         if times != ["06:15"]:
-            return f"{name}, the invoices are sent at {times[0]} in Berlin."
-    return None
+            return f"on {day}, the invoices are sent at {times[0]} in Berlin."
+    return None if known else "beat sends `invoices`, and shop.py has no task with this name any more."
 
 
 SHOP = """%%writefile scratch/invoices/shop.py
@@ -99,6 +105,15 @@ app.conf.beat_schedule = {{"invoices": {{"task": "invoices", "schedule": {}}}}}
 @app.task(name="invoices")
 def invoices():
     return "sent"
+"""
+PERIODIC = """
+@app.task(name="invoices")
+def invoices():
+    return "sent"
+
+@app.on_after_finalize.connect
+def plan(sender, **_):
+    sender.add_periodic_task(crontab(hour=6, minute=15), invoices.s())
 """
 BERLIN = 'app.conf.timezone = "Europe/Berlin"'
 ENTRY = 'answer = {{"task": "report", "schedule": {}, "options": {}}}'
@@ -129,6 +144,8 @@ EXERCISES = {
             ENTRY.format(600, '{"queue": "reports", "expires": 3600}'): "expires 3600 seconds",
             ENTRY.format(600, '{"queue": "reports", "expires": timedelta(minutes=10)}'): "a moment before that",
             ENTRY.replace("report", "reports").format(600, "{}"): "its task isn't report",
+            ENTRY.format(600, '{"queue": "reports", "expires": 0}'): "has expired before a worker",
+            ENTRY.format(600, "{}") + "\nanswer = {'report': answer}": "the entry alone",
         },
         right=(
             ENTRY.format('crontab(minute="*/10")', 'dict(queue="reports", expires=599.5)'),
@@ -140,14 +157,20 @@ EXERCISES = {
         judge=_invoices,
         project="scratch/invoices",
         wrong={
-            SHOP.format(BERLIN, "crontab(hour=6)"): "sent 60 times a day",
-            SHOP.format("", "crontab(hour=6, minute=15)"): "are sent at 07:15 in Berlin",
-            SHOP.format("", "crontab(hour=5, minute=15)"): "in summer, the invoices are sent at 07:15",
-            SHOP.format(BERLIN, "crontab(minute=15)"): "sent 24 times a day",
+            SHOP.format(BERLIN, "crontab(hour=6)"): "sent 60 times",
+            SHOP.format("", "crontab(hour=6, minute=15)"): "15 January, the invoices are sent at 07:15 in Berlin",
+            SHOP.format("", "crontab(hour=5, minute=15)"): "15 July, the invoices are sent at 07:15",
+            SHOP.format(BERLIN, "crontab(minute=15)"): "sent 24 times",
+            SHOP.format(BERLIN, 'crontab(15, 6, day_of_week="mon-fri")'): "on Sunday, 18 January",
+            SHOP.format(BERLIN, 'crontab(15, 6, day_of_month="1-30")'): "on Saturday, 31 October",
+            SHOP.format(BERLIN, "crontab(15, 6)").replace('task(name="invoices")', 'task(name="invoice")'): (
+                "no task with this name"
+            ),
         },
         right=(
             SHOP.format('app.conf.update(timezone="Europe/Berlin")', 'crontab.from_string("15 6 * * *")'),
             SHOP.format('app.conf["timezone"] = "Europe/Paris"', "crontab(15, 6)"),
+            SHOP.partition("app.conf.beat")[0].format(BERLIN) + PERIODIC,
         ),
     ),
 }

@@ -134,19 +134,24 @@ class Project:
             raise WrongAnswer(f"`{name}` ended with an error: {_end(_text(log))}")
         return _text(log)
 
-    def loaded(self, source: str) -> Any:
+    def loaded(self, source: str, name: str) -> Any:
         """Run a program of the judge's own, which imports the project's modules.
 
         Args:
-            source: of the program. The last line that it prints is JSON.
+            source: of the program. It prints a line of JSON at its end; Python may complain below it.
+            name: what to call it in a reason, such as the name of the module.
 
         Returns:
-            What the program printed in its last line.
+            What was in the last line of JSON.
 
         Raises:
             WrongAnswer: it failed, as when a module of the project can't be imported.
         """
-        return json.loads(self.run(f"python -c {shlex.quote(source)}", name="python").splitlines()[-1])
+        said = self.run(f"python -c {shlex.quote(source)}", name=name)
+        for line in reversed(said.splitlines()):
+            with contextlib.suppress(ValueError):
+                return json.loads(line)
+        raise WrongAnswer(f"`{name}` ended too early: {_end(said)}")
 
     def log(self) -> str:
         """What all of the project's workers have written so far."""

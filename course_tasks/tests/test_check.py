@@ -1,9 +1,15 @@
 """`check` in the cases that no chapter's exercises show, and `free_port`."""
 
+import signal
+import threading
+import time
+from contextlib import suppress
+
 import pytest
 from celery import Celery
 from celery._state import get_current_app
 
+from course_tasks import exercises
 from course_tasks.classroom import check, free_port
 from course_tasks.tests.plugin import listens
 from course_tasks.tests.test_live import addressed, working
@@ -71,6 +77,27 @@ def test_slots_that_a_busy_machine_left_idle_are_counted(pair, capsys):
         check("06-2", spans)
         Celery(set_as_current=False).pool.force_close_all()  # other tests wait until the pair has no connection
     assert capsys.readouterr().out.startswith("❌ 06-2: they took 3 rounds, but on 10 slots.")
+
+
+def test_a_function_that_never_ends_is_stopped_and_so_is_one_that_the_learner_interrupts(capsys, monkeypatch):
+    def endless(*_args):
+        while True:
+            with suppress(Exception):
+                time.sleep(0.01)
+
+    monkeypatch.setattr(exercises, "PATIENCE", 0.3)
+    check("07-2", endless)
+    assert "your function was still running after 0.3 seconds." in capsys.readouterr().out
+    monkeypatch.setattr(exercises, "PATIENCE", 30)
+    timer = threading.Timer(0.3, signal.raise_signal, (signal.SIGINT,))
+    timer.start()
+    check("07-2", endless)
+    assert capsys.readouterr().out.startswith("☐ 07-2: not judged, because you have interrupted it.")
+
+
+def test_a_tuple_of_dots_is_no_answer_yet(capsys):
+    check("07d-1", ("...", "..."))
+    assert capsys.readouterr().out.startswith("☐ 07d-1: still to do.")
 
 
 def test_a_free_port_is_nobody_s_and_not_one_that_a_connection_may_get():
