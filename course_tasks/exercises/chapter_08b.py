@@ -5,17 +5,18 @@ import contextlib
 import json
 import shlex
 import signal
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
 from celery.app.task import Task
 from celery.exceptions import Retry
 
-from course_tasks.exercises import Exercise, Question, WrongAnswer
+from course_tasks.exercises import WORDS, Exercise, Question, WrongAnswer
 from course_tasks.exercises.project import Project, ended
 
 WAITS = [2, 4, 8, 16, 30, 30]  # seconds
-RETRIES, SAMPLES = 4, 30
+RETRIES, SAMPLES = 4, 1000
 GONE = "redis://localhost:1/0"  # a port on which nothing listens
 RUNS = [  # what comes after `python parked.py`, and whether the broker answers
     ("list", True),
@@ -70,7 +71,15 @@ def _waits(answer: list) -> str | None:
     return f"wait {place + 1} is not {answer[place]!r} seconds."
 
 
-def _fetch(answer: Task) -> str | None:
+def _fetch(answer: object) -> str | None:
+    try:  # a task is made when it is first looked at
+        if not isinstance(answer, Task):
+            name = type(answer).__name__
+            return f"the answer should be a task, and this is {WORDS.get(name, f'an object of type {name}')}."
+    except TypeError as trouble:
+        if "not iterable" in str(trouble):
+            return "autoretry_for takes a tuple, also if there is only one exception in it."
+        raise
     if answer.name != "fetch":
         return f"its name is {answer.name}: without name= Celery makes one from the module and the function."
     for value in (3, None):
@@ -82,29 +91,41 @@ def _fetch(answer: Task) -> str | None:
     for kind in (ConnectionError, TimeoutError):
         calls, error = _calls(answer, kind)
         if calls != RETRIES + 1:
-            return f"after a {kind.__name__} it called {calls} times, and not {RETRIES + 1}."
+            return (
+                f"after a {kind.__name__} it called {'once' if calls == 1 else f'{calls} times'}, and not five times."
+            )
         if type(error) is not kind:
             return f"after the last {kind.__name__}, the client gets {type(error).__name__}."
     longest = [max(_countdowns(answer, attempt)) for attempt in range(RETRIES)]
-    if any(after <= before for before, after in pairwise(longest)):
-        return f"the waits are at most {', '.join(f'{wait:g}' for wait in longest)} seconds. They should get longer."
+    waits = f"the waits are at most {', '.join(f'{wait:g}' for wait in longest)} seconds."
+    if not _near(max(longest), longest[-1]) or _near(*longest[:2]):
+        return f"{waits} They should get longer."
+    if not _exponential(longest):
+        with contextlib.suppress(Exception):  # only the fourth may be the maximum; a list of four has no further ones
+            if _exponential(longest + [max(_countdowns(answer, attempt)) for attempt in (RETRIES, RETRIES + 1)]):
+                return None
+        return f"{waits} With an exponential backoff, each of them is the one before times the same number."
     return None
 
 
 def _calls(task: Task, kind: type[Exception]) -> tuple[int, object]:
     """How often a task calls what fails, and what it ends with."""
-    calls = []
+    calls: list[int] = []  # the number of retries before each
 
     def call() -> None:
-        calls.append(1)
-        if len(calls) > 20:
+        calls.append(task.request.retries)
+        if len(calls) > 20 or calls[-1] in calls[:-1]:
             raise SystemExit  # it would go on for ever
         raise kind("no answer")
 
     try:
         ended = task.apply(args=(call,)).result
     except SystemExit:
-        raise WrongAnswer(f"after a {kind.__name__} it tries again and again, without an end.") from None
+        if len(calls) <= 20:
+            reason = f"after a {kind.__name__} it calls again inside the same attempt. Use a retry."
+        else:
+            reason = f"after a {kind.__name__} it tries again and again, without an end."
+        raise WrongAnswer(reason) from None
     return len(calls), ended
 
 
@@ -113,6 +134,8 @@ def _countdowns(task: Task, attempt: int) -> list[float]:
     waits: list[float] = []
 
     def retry(*_args, countdown=None, eta=None, **_options) -> None:
+        if eta:
+            countdown = (eta - datetime.now(eta.tzinfo)).total_seconds()
         waits.append(task.default_retry_delay if countdown is None else countdown)
         raise Retry
 
@@ -129,6 +152,20 @@ def _countdowns(task: Task, attempt: int) -> list[float]:
             del task.retry
             task.pop_request()
     return waits or [0]
+
+
+def _near(one: float, other: float, tolerance: float = 0.02) -> bool:
+    """Whether two waits are the same, as far as the longest of some random ones tells."""
+    return abs(one - other) <= tolerance * max(one, other)
+
+
+def _exponential(longest: list[float]) -> bool:
+    """Whether the steps between waits grow by the same factor, up to a maximum that two waits at least have."""
+    if _near(*longest[-2:]):
+        longest = [wait for wait in longest if not _near(wait, longest[-1])]
+    steps = [after - before for before, after in pairwise(longest)]
+    factors = [after / before for before, after in pairwise(steps) if before > 0]
+    return all(factor > 1.05 and _near(factor, factors[0], 0.12) for factor in factors)
 
 
 def _parked(folder: str) -> str | None:
@@ -286,7 +323,7 @@ EXERCISES = {
         right=("answer = [min(2 ** n, 30) for n in range(1, 7)]", "answer = [2.0, 4.0, 8.0, 16.0, 30.0, 30.0]"),
     ),
     "08b-2": Exercise(
-        kind=Task,
+        kind=object,
         judge=_fetch,
         wrong={
             FETCH.format(FOR[14:] + "max_retries=4, retry_backoff=True", "call", "return call()"): "without name=",
@@ -306,16 +343,47 @@ EXERCISES = {
                 "        raise self.retry(countdown=2**self.request.retries)",
             ): "the client gets MaxRetriesExceededError",
             FETCH.format(FOR + "max_retries=4, retry_backoff=True", "call", "call()"): "gave None",
+            FETCH.format(FOR[:28] + "ConnectionError, max_retries=4", "call", "return call()"): "takes a tuple",
+            FETCH.format(
+                'name="fetch"',
+                "call",
+                "for n in range(5):\n        try:\n            return call()\n"
+                "        except (ConnectionError, TimeoutError):\n            if n == 4:\n                raise",
+            ): "it calls again inside the same attempt",
+            FETCH.format(
+                'name="fetch", autoretry_for=(ConnectionError,), max_retries=4', "call", "return call()"
+            ): "after a TimeoutError it called once, and not five times",
+            "def fetch(call):\n    return call()\n\n\nanswer = fetch": "should be a task, and this is a function",
+            **{
+                FETCH.format(
+                    'name="fetch", bind=True, max_retries=4',
+                    "self, call",
+                    "try:\n        return call()\n    except (ConnectionError, TimeoutError) as error:\n"
+                    f"        raise self.retry(exc=error, countdown={linear})",
+                ): "With an exponential backoff"
+                for linear in ("self.request.retries + 1", "10 + self.request.retries", "(1 + self.request.retries)**2")
+            },
         },
         right=(
             FETCH.format(
                 'name="fetch", bind=True, max_retries=4',
                 "self, call",
                 "try:\n        return call()\n    except (ConnectionError, TimeoutError) as error:\n"
-                "        raise self.retry(exc=error, countdown=3 * (self.request.retries + 1))",
+                "        raise self.retry(exc=error, countdown=3 * 1.5**self.request.retries)",
             ),
             FETCH.format(
                 FOR + "retry_kwargs={'max_retries': 4}, retry_backoff=3, retry_jitter=False", "call", "return call()"
+            ),
+            FETCH.format(FOR + "max_retries=4, retry_backoff=30, retry_backoff_max=100", "call", "return call()"),
+            FETCH.format(FOR + "max_retries=4, retry_backoff=60, retry_backoff_max=300", "call", "return call()"),
+            FETCH.format(FOR + "max_retries=4, retry_backoff=300", "call", "return call()"),
+            FETCH.format(
+                'name="fetch", bind=True, max_retries=4',
+                "self, call",
+                "import random\n    from datetime import UTC, datetime, timedelta\n    try:\n        return call()\n"
+                "    except (ConnectionError, TimeoutError) as error:\n"
+                "        wait = timedelta(seconds=10 + 2**self.request.retries + random.random())\n"
+                "        raise self.retry(exc=error, eta=datetime.now(UTC) + wait)",
             ),
         ),
     ),
@@ -361,7 +429,8 @@ EXERCISES = {
                 "        sys.exit(f'{ids[0]} is not parked.')" + OTHER
             ),
             TOOL.format(
-                "import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument('command', choices=['list', 'replay', 'drop'])\n"
+                "import argparse\nparser = argparse.ArgumentParser()\n"
+                "parser.add_argument('command', choices=['list', 'replay', 'drop'])\n"
                 "parser.add_argument('id', nargs='?')\nwords = parser.parse_args()\n"
                 "by_id = {entry['id']: entry for entry in entries}\n"
                 "if words.command == 'list':\n    print('\\n'.join(f\"{i}: {e['error']}\" for i, e in by_id.items()))\n"

@@ -52,9 +52,23 @@ class Dying(sqlite3.Connection):
         return super().executemany(*args)
 
     def executescript(self, *args):
-        """Run a script, or die."""
-        self._step()
-        return super().executescript(*args)
+        """Run a script, each statement by itself as SQLite does, or die before one of them."""
+        if self.in_transaction:
+            self.commit()
+        level, self.isolation_level = self.isolation_level, None  # a script begins no transaction by itself
+        try:
+            statement = ""
+            for piece in f"{args[0]};".split(";"):
+                statement += piece
+                if not statement.strip():
+                    continue
+                statement += ";"
+                if sqlite3.complete_statement(statement):
+                    self.execute(statement)
+                    statement = ""
+        finally:
+            self.isolation_level = level
+        return self.cursor()
 
     def commit(self):
         """Commit, or die."""
@@ -73,6 +87,9 @@ class _DyingCursor(sqlite3.Cursor):
         self.connection._step()
         return super().execute(*args)
 
+    def executescript(self, *args):
+        return self.connection.executescript(*args)
+
 
 def _pay(answer: Callable) -> str | None:
     with tempfile.TemporaryDirectory(prefix="course-") as folder:
@@ -86,12 +103,20 @@ def _pay(answer: Callable) -> str | None:
                 db.execute("INSERT INTO accounts VALUES (100)")
             db.close()
 
-        def pay(order: str, left: int = 0) -> tuple[object, int]:
-            """Call the function with a connection of its own; say what it returned and how many steps it took."""
+        def pay(order: str, left: int = 0) -> tuple[object, int, bool]:
+            """Call the function with a connection of its own.
+
+            Args:
+                order: the order's number.
+                left: the step before which the function dies; 0 for none.
+
+            Returns:
+                What it returned, how many steps it took, and whether it left something that is not committed.
+            """
             db = sqlite3.connect(path, factory=Dying)
             db.left = left
             try:
-                return called(answer, db, order, 7), db.count
+                return called(answer, db, order, 7), db.count, db.in_transaction
             finally:
                 db.left = 0
                 db.close()  # what is not committed is gone, as with the process
@@ -104,12 +129,13 @@ def _pay(answer: Callable) -> str | None:
                 db.close()
 
         fresh()
-        first, steps = pay("ada-1")
+        first, steps, pending = pay("ada-1")
         if euros() != 107:
-            return f"the account had 100 euros, and after an order of 7 euros it has {euros()}. Is it committed?"
+            why = " Something is not committed." if pending else ""
+            return f"the account had 100 euros, and after an order of 7 euros it has {euros()}.{why}"
         if first is not True:
             return f"for a new order it returned {first!r}."
-        second, _ = pay("ada-1")
+        second = pay("ada-1")[0]
         if euros() != 107:
             return f"after the same order came twice, the account has {euros()} euros, and not 107."
         if second is not False:
@@ -174,6 +200,7 @@ def pay(db, order, euros):
 answer = pay"""
 INSERT = 'db.execute("INSERT INTO paid VALUES (?)", (order,))'
 UPDATE = 'db.execute("UPDATE accounts SET euros = euros + ?", (euros,))'
+SET = 'db.execute("UPDATE accounts SET euros = ?", (euros,))'
 EXCEPT = "\n    except sqlite3.IntegrityError:\n        return False\n    return True"
 LIBRARY = """%%writefile scratch/loans/library.py
 from sqlite3 import IntegrityError
@@ -221,7 +248,17 @@ EXERCISES = {
         judge=_pay,
         wrong={
             PAY.format("with db:\n        " + UPDATE + "\n    return True"): "the same order came twice",
-            PAY.format("try:\n        " + INSERT + "\n        " + UPDATE + EXCEPT): "Is it committed?",
+            PAY.format(
+                "try:\n        " + INSERT + "\n        " + UPDATE + EXCEPT
+            ): "it has 100. Something is not committed.",
+            PAY.format("try:\n        with db:\n            " + INSERT + "\n            " + SET + EXCEPT): (
+                "after an order of 7 euros it has 7."
+            ),
+            PAY.format(
+                "if db.execute('SELECT * FROM paid WHERE order_id = ?', (order,)).fetchone():\n        return False\n"
+                "    db.executescript(f\"UPDATE accounts SET euros = euros + {euros}; INSERT INTO paid VALUES ('{order}')\")"
+                "\n    return True"
+            ): "the account has 114 euros, and not 107",
             PAY.format(
                 "try:\n        with db:\n            "
                 + INSERT
@@ -259,6 +296,11 @@ EXERCISES = {
             PAY.format(
                 "with db:\n        new = db.execute('INSERT OR IGNORE INTO paid VALUES (?)', (order,)).rowcount\n"
                 "        db.execute('UPDATE accounts SET euros = euros + ?', (euros * new,))\n    return new == 1"
+            ),
+            PAY.format(
+                "if db.execute('SELECT * FROM paid WHERE order_id = ?', (order,)).fetchone():\n        return False\n"
+                '    db.executescript(f"BEGIN; UPDATE accounts SET euros = euros + {euros};"\n'
+                "                     f\"INSERT INTO paid VALUES ('{order}'); COMMIT;\")\n    return True"
             ),
         ),
     ),
