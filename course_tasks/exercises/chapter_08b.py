@@ -189,15 +189,15 @@ def _parked(folder: str) -> str | None:
             return trouble
         if run is replayed and "id-eve" not in gone["left"]:
             return "the broker didn't answer, and `replay` took the task off the list all the same."
-    for run in unknown:
-        words = run["words"].split()
-        about = {0: "without a command", 2: f"for the unknown command {words[0]!r}" if words else ""}[len(words)]
-        about = "for an id that is not on the list" if "id-ben" in words else about
+    absent = "for an id that is not on the list"
+    for run, about in zip(
+        unknown, (absent, absent, "for the unknown command 'replya'", "without a command"), strict=True
+    ):
         if run["left"] != ["id-ada", "id-max"] or len(run["messages"]) != 1:
             return f"{about}, the program should change nothing. `python parked.py {run['words']}` does."
         if "Traceback" in run["said"]:
             return f"{about}, the program ends with a traceback."
-        if "id-ben" in words and "id-ben" not in run["said"]:
+        if about == absent and "id-ben" not in run["said"]:
             return f"{about}, the program should say so, with the id."
         if not run["said"].strip():
             return f"{about}, the program should say so, and it prints nothing."
@@ -360,8 +360,12 @@ EXERCISES = {
                     "self, call",
                     "try:\n        return call()\n    except (ConnectionError, TimeoutError) as error:\n"
                     f"        raise self.retry(exc=error, countdown={linear})",
-                ): "With an exponential backoff"
-                for linear in ("self.request.retries + 1", "10 + self.request.retries", "(1 + self.request.retries)**2")
+                ): f"at most {waits} seconds. With an exponential backoff"
+                for linear, waits in (
+                    ("self.request.retries + 1", "1, 2, 3, 4"),
+                    ("10 + self.request.retries", "10, 11, 12, 13"),
+                    ("(1 + self.request.retries)**2", "1, 4, 9, 16"),
+                )
             },
         },
         right=(

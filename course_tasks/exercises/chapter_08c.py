@@ -338,7 +338,7 @@ EXERCISES = {
                 "if db.execute('SELECT * FROM paid WHERE order_id = ?', (order,)).fetchone():\n        return False\n"
                 '    db.executescript(f"UPDATE accounts SET euros = euros + {euros};"\n'
                 "                     f\"INSERT INTO paid VALUES ('{order}')\")\n    return True"
-            ): "the account has 114 euros, and not 107",
+            ): "Then the account has 114 euros, and not 107",
             PAY.format(
                 "try:\n        with db:\n            "
                 + INSERT
@@ -348,7 +348,7 @@ EXERCISES = {
             ): "died before step 2",
             PAY.format(
                 "try:\n        with db:\n            " + UPDATE + "\n        with db:\n            " + INSERT + EXCEPT
-            ): "the account has 114 euros, and not 107",
+            ): "came again. Then the account has 114 euros, and not 107",
             PAY.format(
                 "try:\n        with db:\n            "
                 + INSERT
@@ -405,10 +405,10 @@ EXERCISES = {
             _library(
                 "if request in SEEN:\n                return 'done before'", "SEEN.add(request)\n            " + LOAN
             )
-            + "\n\nSEEN = set()\n": "form-1, which was sent twice, each time to another process, has 2 loans",
+            + "\n\nSEEN = set()\n": "each time to another process, has 2 loans",
             REDIS.format(
                 "if not store.set(request, 1, nx=True, ex=86400):\n            return 'done before'\n        " + LOAN
-            ): "Then the form has 0 loans",
+            ): "came back. Then the form has 0 loans",
             REDIS.format(
                 "if store.exists(request):\n            return 'done before'\n        "
                 + LOAN
