@@ -348,7 +348,7 @@ EXERCISES = {
             ): "died before step 2",
             PAY.format(
                 "try:\n        with db:\n            " + UPDATE + "\n        with db:\n            " + INSERT + EXCEPT
-            ): "came again. Then the account has 114 euros, and not 107",
+            ): "the same order came twice, the account has 114 euros, and",
             PAY.format(
                 "try:\n        with db:\n            "
                 + INSERT
