@@ -1,11 +1,13 @@
 """The exercises and the quiz of chapter 08."""
 
 import itertools
+import threading
 from collections.abc import Callable
+from typing import Any
 
 from course_tasks.exercises import Exercise, Question, WrongAnswer
 from course_tasks.exercises.project import Project, ended
-from course_tasks.exercises.watched import Watched
+from course_tasks.exercises.watched import Dead, Watched
 
 DEATHS = {"child", "connection", "worker"}
 SURVIVES = {
@@ -25,6 +27,9 @@ WHY = {
     ("retry", "child"): "the main process sends a new message for it",
 }
 MOST, DAY, REPORT = 3, 24 * 60 * 60, 30 * 60  # starts, seconds, seconds
+SHORTEST = 59 * 60  # seconds: an hour, as some of it may be over
+PATIENCE = 0.1  # seconds
+OWN = "unacked_key", "unacked_index_key"
 SETTINGS = """
 import json, mails, reports
 print(json.dumps({m.__name__: [m.app.conf.broker_transport_options, m.app.tasks[t].acks_late]
@@ -56,30 +61,47 @@ def _guard(answer: Callable) -> str | None:
             for key in [key for id in ("photo-7", "photo-8") for key in watched.server.scan_iter(f"*{id}*")]:
                 watched.server.delete(key)
 
-        def starts(times: int, id: str = "photo-7") -> list[bool]:
-            return [bool(watched.call(answer, id)) for _ in range(times)]
+        def starts(times: int, id: str = "photo-7", **options: int) -> list[Any]:
+            return [watched.call(answer, id, **options) for _ in range(times)]
 
         try:
             clean()
             said = starts(MOST + 2)
             if said != [True] * MOST + [False] * 2:
-                return f"for five starts of one task it returned {', '.join(map(str, said))}."
-            if not all(starts(1, "photo-8")):
+                return f"for five starts of one task it returned {', '.join(map(repr, said))}."
+            if starts(1, "photo-8") != [True]:
                 return "another task, which starts for the first time, is refused as well."
             clean()
             starts(1)
             requests = watched.requests
             if trouble := _lifetime(watched):
                 return trouble
+            if not requests:
+                return "it counts in Redis, but not with the client that it is given."
             for place, earlier in itertools.product(range(1, requests + 1), (0, MOST - 1)):
                 clean()
                 before = starts(earlier)
-                inner: list[bool] = []
+                inner: list[Any] = []
 
-                def meanwhile(inner=inner) -> None:
-                    inner.append(bool(answer(watched.server, "photo-7")))
+                def second(inner=inner) -> None:
+                    try:
+                        inner.append(answer(watched.server, "photo-7"))
+                    except Exception as error:
+                        inner.append(error)
 
-                outer = [bool(watched.call(answer, "photo-7", before=place, do=meanwhile))]
+                other = threading.Thread(target=second, daemon=True)
+
+                def meanwhile(other=other) -> None:
+                    other.start()
+                    other.join(PATIENCE)  # with a lock, it waits until this call goes on
+
+                outer = [watched.call(answer, "photo-7", before=place, do=meanwhile)]
+                if other.ident:
+                    other.join(15)
+                    if not inner:
+                        return "if two workers call it at the same moment, one of them waits without an end."
+                    if isinstance(inner[0], Exception):
+                        return f"if two workers call it at the same moment, one of them gets {inner[0]!r}."
                 allowed = sum(before + outer + inner + starts(MOST))
                 if allowed != MOST:
                     return f"if two workers call it at the same moment, {allowed} starts are allowed."
@@ -88,7 +110,15 @@ def _guard(answer: Callable) -> str | None:
                 try:
                     watched.call(answer, "photo-7", before=place)
                 except WrongAnswer:
-                    starts(1)
+                    for key in watched.server.scan_iter("*photo-7*"):
+                        if -1 < watched.server.ttl(key) < SHORTEST:  # a message may come back as late as that
+                            watched.server.delete(key)
+                    try:
+                        starts(1, before=requests + 20)
+                    except WrongAnswer as error:
+                        if isinstance(error.__cause__, Dead):
+                            return "a worker died inside guard, and then another one waits there without an end."
+                        raise
                 if trouble := _lifetime(watched):
                     return f"a worker died inside guard, and another one called it later: {trouble}"
         finally:
@@ -105,20 +135,24 @@ def _lifetime(watched: Watched) -> str | None:
         return "a counter stays in Redis for ever: it has no time to live."
     if max(longest) > DAY:
         return f"a counter stays in Redis for {max(longest)} seconds, which is more than a day."
+    if max(longest) < SHORTEST:
+        return f"a counter lives for {max(longest)} s only, and a message may come back after an hour."
     return None
 
 
 def _nightly(folder: str) -> str | None:
     with Project(folder) as project:
         settings = project.loaded(SETTINGS, "mails.py or reports.py")
+        keys = [[options.get(key, key) for key in OWN] for options in ((each[0] or {}) for each in settings.values())]
+        apart = all(mine != other for mine, other in zip(*keys, strict=True))  # then nobody looks into the other's
         for module, (options, late) in settings.items():
             timeout = (options or {}).get("visibility_timeout", 60 * 60)
             if isinstance(timeout, bool) or not isinstance(timeout, int | float):
                 return f"the visibility timeout in {module}.py is {timeout!r}. It should be a number of seconds."
-            if timeout <= REPORT:
+            if timeout <= REPORT and not (apart and module == "mails"):
                 return (
                     f"the worker of {module}.py puts back every message that is in unacked for longer than "
-                    f"{timeout:g} seconds, and a report takes half an hour."
+                    f"{timeout:g} second{'s' * (timeout != 1)}, and a report takes half an hour."
                 )
             if timeout > DAY:
                 return f"if a worker dies, {module}.py brings its messages back after {timeout / DAY:g} days only."
@@ -135,6 +169,8 @@ def _nightly(folder: str) -> str | None:
                 return f"the task {name} ended with {value!r}."
         if (written := project.log().count("writing the report of 2026")) != 1:
             return f"the report was written {written} times."
+        if "mail to Ada" not in project.log():
+            return "the task mail ended, but its worker's log doesn't have the line `mail to Ada`."
     return None
 
 
@@ -211,17 +247,43 @@ EXERCISES = {
                 'key = f"starts:{task_id}"\n    n = redis.incr(key)\n    if n == 1:\n'
                 "        redis.expire(key, 3600)\n    return n <= 3"
             ): "a worker died inside guard",
+            GUARD.format(
+                'key = f"starts:{task_id}"\n    n = redis.incr(key)\n    redis.expire(key, 1)\n    return n <= 3'
+            ): "a counter lives for 1 s only, and",
+            **{
+                GUARD.format(
+                    f'key = f"starts:{{task_id}}"\n    n = redis.incr(key)\n    redis.expire(key, 3600)\n'
+                    f"    return {value}"
+                ): f"it returned {said}."
+                for value, said in (
+                    ("n", "1, 2, 3, 4, 5"),
+                    ('"True" if n <= 3 else ""', "'True', 'True', 'True', '', ''"),
+                    ("n <= 3 or None", "True, True, True, None, None"),
+                )
+            },
+            GUARD.format(
+                'with redis.lock(f"lock-{task_id}"):\n        n = int(redis.get(f"n-{task_id}") or 0) + 1\n'
+                '        redis.set(f"n-{task_id}", n, ex=3600)\n    return n <= 3'
+            ): "then another one waits there without an end",
+            "import os\n\nfrom redis import Redis\n\nother = Redis.from_url(os.environ['CELERY_RESULT_BACKEND'])\n\n\n"
+            + GUARD.format("other.set(task_id, 0, nx=True, ex=3600)\n    return other.incr(task_id) <= 3"): (
+                "not with the client that it is given"
+            ),
             "seen = {}\n\n\ndef guard(redis, task_id):\n    seen[task_id] = seen.get(task_id, 0) + 1\n"
             "    return seen[task_id] <= 3\n\n\nanswer = guard": "nothing is counted in Redis",
         },
         right=(
             GUARD.format(
-                'with redis.pipeline() as pipe:\n        pipe.incr(f"n-{task_id}").expire(f"n-{task_id}", 60)\n'
+                'with redis.pipeline() as pipe:\n        pipe.incr(f"n-{task_id}").expire(f"n-{task_id}", 86400)\n'
                 "        return pipe.execute()[0] <= 3"
+            ),
+            GUARD.format(
+                'with redis.lock(f"lock-{task_id}", timeout=10):\n        n = int(redis.get(f"n-{task_id}") or 0) + 1\n'
+                '        redis.set(f"n-{task_id}", n, ex=3600)\n    return n <= 3'
             ),
             GUARD.format("redis.set(task_id, 0, nx=True, ex=3600)\n    return redis.incr(task_id) in (1, 2, 3)"),
             GUARD.format(
-                "script = \"local n = redis.call('INCR', KEYS[1]) redis.call('EXPIRE', KEYS[1], 99) return n\"\n"
+                "script = \"local n = redis.call('INCR', KEYS[1]) redis.call('EXPIRE', KEYS[1], 3600) return n\"\n"
                 '    return not redis.eval(script, 1, f"starts/{task_id}") > 3'
             ),
         ),
@@ -235,10 +297,21 @@ EXERCISES = {
             MAILS.format(OPTIONS + '{"visibility_timeout": "14400"}', ", acks_late=True"): "a number of seconds",
             MAILS.format(OPTIONS + '{"visibility_timeout": 7 * 86400}', ", acks_late=True"): "after 7 days only",
             MAILS.format(OPTIONS + '{"visibility_timeout": 14400}', ""): "is acknowledged before it runs",
-            MAILS.format("app.conf.broker_transport_options = None.x", ", acks_late=True"): "ended with an error",
+            MAILS.format(
+                "app.conf.broker_transport_options = None.x", ", acks_late=True"
+            ): "`mails.py` ended with an error",
+            MAILS.format(OPTIONS + '{"visibility_timeout": 1}', ", acks_late=True"): "for longer than 1 second, and",
+            MAILS.format("", ", acks_late=True").replace('print(f"mail to {customer}", flush=True)', "pass"): (
+                "doesn't have the line `mail to Ada`"
+            ),
         },
         right=(
             MAILS.format("", ", acks_late=True"),
+            MAILS.format(
+                OPTIONS + '{"visibility_timeout": 1, "unacked_restore_interval": 1, "unacked_restore_throttle": 1,'
+                '"unacked_key": "mails", "unacked_index_key": "mails_index", "unacked_mutex_key": "mails_mutex"}',
+                ", acks_late=True",
+            ),
             MAILS.format(
                 "from reports import app as reports\n\napp.conf.task_acks_late = True\n"
                 "app.conf.broker_transport_options = dict(reports.conf.broker_transport_options)",

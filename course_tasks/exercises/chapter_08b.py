@@ -3,18 +3,59 @@
 import base64
 import contextlib
 import json
+import shlex
+import signal
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
 from celery.app.task import Task
 from celery.exceptions import Retry
 
-from course_tasks.exercises import Exercise, Question, WrongAnswer
+from course_tasks.exercises import WORDS, Exercise, Question, WrongAnswer
 from course_tasks.exercises.project import Project, ended
 
 WAITS = [2, 4, 8, 16, 30, 30]  # seconds
-RETRIES, SAMPLES = 4, 30
+RETRIES, SAMPLES = 4, 1000
 GONE = "redis://localhost:1/0"  # a port on which nothing listens
+RUNS = [  # what comes after `python parked.py`, and whether the broker answers
+    ("list", True),
+    ("replay id-ben", True),
+    ("replay id-eve", False),
+    ("drop id-eve", True),
+    ("replay id-ben", True),
+    ("drop id-ben", True),
+    ("replya id-ada", True),
+    ("", True),
+]
+# Each command runs in a process of its own, but all of them share one start of Python and Celery.
+COMMANDS = f"""
+import json, os, runpy, signal, sys, tempfile
+import celery.app.amqp, kombu.transport.redis, redis
+
+broker, backend = (redis.Redis.from_url(os.environ[n]) for n in ("CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"))
+found = []
+for words, answers in json.loads(sys.argv[1]):
+    said = tempfile.TemporaryFile()
+    pid = os.fork()
+    if not pid:
+        for target, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, said.fileno()), (2, said.fileno())):
+            os.dup2(source, target)
+        signal.alarm(10)
+        sys.path[0], sys.argv[:] = os.getcwd(), ["parked.py", *words.split()]
+        if not answers:
+            os.environ["CELERY_BROKER_URL"] = "{GONE}"
+        runpy.run_path("parked.py", run_name="__main__")
+        sys.exit()
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    said.seek(0)
+    left = [json.loads(line)["id"] for line in backend.lrange("parked", 0, -1)]
+    messages = [message.decode() for message in broker.lrange("celery", 0, -1)]
+    found.append(dict(words=words, code=code, said=said.read().decode(errors="replace"), left=left, messages=messages))
+    if code == -signal.SIGALRM:
+        break
+print(json.dumps(found))
+"""
 
 
 def _waits(answer: list) -> str | None:
@@ -30,7 +71,15 @@ def _waits(answer: list) -> str | None:
     return f"wait {place + 1} is not {answer[place]!r} seconds."
 
 
-def _fetch(answer: Task) -> str | None:
+def _fetch(answer: object) -> str | None:
+    try:  # a task is made when it is first looked at
+        if not isinstance(answer, Task):
+            name = type(answer).__name__
+            return f"the answer should be a task, and this is {WORDS.get(name, f'an object of type {name}')}."
+    except TypeError as trouble:
+        if "not iterable" in str(trouble):
+            return "autoretry_for takes a tuple, also if there is only one exception in it."
+        raise
     if answer.name != "fetch":
         return f"its name is {answer.name}: without name= Celery makes one from the module and the function."
     for value in (3, None):
@@ -42,29 +91,41 @@ def _fetch(answer: Task) -> str | None:
     for kind in (ConnectionError, TimeoutError):
         calls, error = _calls(answer, kind)
         if calls != RETRIES + 1:
-            return f"after a {kind.__name__} it called {calls} times, and not {RETRIES + 1}."
+            return (
+                f"after a {kind.__name__} it called {'once' if calls == 1 else f'{calls} times'}, and not five times."
+            )
         if type(error) is not kind:
             return f"after the last {kind.__name__}, the client gets {type(error).__name__}."
     longest = [max(_countdowns(answer, attempt)) for attempt in range(RETRIES)]
-    if any(after <= before for before, after in pairwise(longest)):
-        return f"the waits are at most {', '.join(f'{wait:g}' for wait in longest)} seconds. They should get longer."
+    waits = f"the waits are at most {', '.join(f'{wait:g}' for wait in longest)} seconds."
+    if not _near(max(longest), longest[-1]) or _near(*longest[:2]):
+        return f"{waits} They should get longer."
+    if not _exponential(longest):
+        with contextlib.suppress(Exception):  # only the fourth may be the maximum; a list of four has no further ones
+            if _exponential(longest + [max(_countdowns(answer, attempt)) for attempt in (RETRIES, RETRIES + 1)]):
+                return None
+        return f"{waits} With an exponential backoff, each of them is the one before times the same number."
     return None
 
 
 def _calls(task: Task, kind: type[Exception]) -> tuple[int, object]:
     """How often a task calls what fails, and what it ends with."""
-    calls = []
+    calls: list[int] = []  # the number of retries before each
 
     def call() -> None:
-        calls.append(1)
-        if len(calls) > 20:
+        calls.append(task.request.retries)
+        if len(calls) > 20 or calls[-1] in calls[:-1]:
             raise SystemExit  # it would go on for ever
         raise kind("no answer")
 
     try:
         ended = task.apply(args=(call,)).result
     except SystemExit:
-        raise WrongAnswer(f"after a {kind.__name__} it tries again and again, without an end.") from None
+        if len(calls) <= 20:
+            reason = f"after a {kind.__name__} it calls again inside the same attempt. Use a retry."
+        else:
+            reason = f"after a {kind.__name__} it tries again and again, without an end."
+        raise WrongAnswer(reason) from None
     return len(calls), ended
 
 
@@ -73,6 +134,8 @@ def _countdowns(task: Task, attempt: int) -> list[float]:
     waits: list[float] = []
 
     def retry(*_args, countdown=None, eta=None, **_options) -> None:
+        if eta:
+            countdown = (eta - datetime.now(eta.tzinfo)).total_seconds()
         waits.append(task.default_retry_delay if countdown is None else countdown)
         raise Retry
 
@@ -91,48 +154,78 @@ def _countdowns(task: Task, attempt: int) -> list[float]:
     return waits or [0]
 
 
+def _near(one: float, other: float, tolerance: float = 0.02) -> bool:
+    """Whether two waits are the same, as far as the longest of some random ones tells."""
+    return abs(one - other) <= tolerance * max(one, other)
+
+
+def _exponential(longest: list[float]) -> bool:
+    """Whether the steps between waits grow by the same factor, up to a maximum that two waits at least have."""
+    if _near(*longest[-2:]):
+        longest = [wait for wait in longest if not _near(wait, longest[-1])]
+    steps = [after - before for before, after in pairwise(longest)]
+    factors = [after / before for before, after in pairwise(steps) if before > 0]
+    return all(factor > 1.05 and _near(factor, factors[0], 0.12) for factor in factors)
+
+
 def _parked(folder: str) -> str | None:
     entries = [
         {"id": f"id-{name}", "task": "refund", "args": [name], "kwargs": {"euros": euros}, "error": f"Error({euros})"}
-        for name, euros in (("ada", 5), ("ben", 6), ("eve", 7))
+        for name, euros in (("ada", 5), ("ben", 6), ("eve", 7), ("max", 8))
     ]
     lines = {entry["id"]: json.dumps(entry) for entry in entries}
     with Project(folder) as project:
         project.backend.rpush("parked", *lines.values())
-
-        def left() -> list[str]:
-            return [json.loads(line)["id"] for line in project.backend.lrange("parked", 0, -1)]
-
-        said = project.run("python parked.py list")
-        for entry in entries:
-            if not any(entry["id"] in line and entry["error"] in line for line in said.splitlines()):
-                return f"`list` prints no line with {entry['id']} and {entry['error']}."
-        if left() != list(lines) or project.broker.llen("celery"):
-            return "`list` changes something. It should only print."
-        with contextlib.suppress(WrongAnswer):  # an error is right here
-            project.run(f"env CELERY_BROKER_URL={GONE} python parked.py replay id-ben")
-        if "id-ben" not in left():
+        program = f"python -c {shlex.quote(COMMANDS)} {shlex.quote(json.dumps(RUNS))}"
+        runs = json.loads(project.run(program, seconds=60, name="parked.py").splitlines()[-1])
+    if runs[-1]["code"] == -signal.SIGALRM:
+        return f"`python parked.py {runs[-1]['words']}` was still running after 10 s."
+    listed, replayed, gone, dropped, *unknown = runs
+    for run in (listed, replayed, dropped):
+        if run["code"]:
+            last = (run["said"].strip() or "it wrote nothing").splitlines()[-1].rstrip(".")
+            return f"`python parked.py {run['words']}` ended with an error: {last}."
+        if trouble := _done(run, entries):
+            return trouble
+        if run is replayed and "id-eve" not in gone["left"]:
             return "the broker didn't answer, and `replay` took the task off the list all the same."
-        project.run("python parked.py replay id-ben")
-        messages = project.broker.lrange("celery", 0, -1)
+    absent = "for an id that is not on the list"
+    for run, about in zip(
+        unknown, (absent, absent, "for the unknown command 'replya'", "without a command"), strict=True
+    ):
+        if run["left"] != ["id-ada", "id-max"] or len(run["messages"]) != 1:
+            return f"{about}, the program should change nothing. `python parked.py {run['words']}` does."
+        if "Traceback" in run["said"]:
+            return f"{about}, the program ends with a traceback."
+        if about == absent and "id-ben" not in run["said"]:
+            return f"{about}, the program should say so, with the id."
+        if not run["said"].strip():
+            return f"{about}, the program should say so, and it prints nothing."
+    return None
+
+
+def _done(run: dict, entries: list[dict]) -> str | None:
+    """Why a command didn't do its work; None if it did."""
+    command, _, _ = run["words"].partition(" ")
+    left, messages = run["left"], run["messages"]
+    if command == "list":
+        for entry in entries:
+            if not any(entry["id"] in line and entry["error"] in line for line in run["said"].splitlines()):
+                return f"`list` prints no line with {entry['id']} and {entry['error']}."
+        if len(left) != len(entries) or messages:
+            return "`list` changes something. It should only print."
+        return None
+    if command == "replay":
         if len(messages) != 1:
             return f"`replay` sent {len(messages)} messages, and not one."
         if trouble := _differs(json.loads(messages[0]), entries[1]):
             return trouble
-        if left() != ["id-ada", "id-eve"]:
-            return f"after `replay id-ben`, the list has {', '.join(left()) or 'nothing'}, and not id-ada and id-eve."
-        project.run("python parked.py drop id-ada")
-        if project.broker.llen("celery") != 1:
-            return "`drop` sends the task."
-        if left() != ["id-eve"]:
-            return f"after `drop id-ada`, the list has {', '.join(left()) or 'nothing'}, and not id-eve alone."
-        said = project.run("sh -c 'python parked.py replay id-ben 2>&1 || true'")  # an error's code is right here
-        if left() != ["id-eve"] or project.broker.llen("celery") != 1:
-            return "`replay` with an id that is not on the list changes something."
-        if "id-ben" not in said:
-            return "for an id that is not on the list, the program should say so, with the id."
-        if "Traceback" in said:
-            return "for an id that is not on the list, the program ends with a traceback."
+    elif len(messages) != 1:
+        return "`drop` sends the task."
+    wanted = {"replay": ["id-ada", "id-eve", "id-max"], "drop": ["id-ada", "id-max"]}[command]
+    if left != wanted:
+        has = ", ".join(left) or "nothing"
+        return f"after `{run['words']}`, the list has {has}, and not {', '.join(wanted)}."
     return None
 
 
@@ -146,7 +239,7 @@ def _differs(message: dict, entry: dict) -> str | None:
         ("kwargs", kwargs, entry["kwargs"]),
     ):
         if sent != parked:
-            return f"the {what} of the task was {parked!r}, and `replay` sends {sent!r}."
+            return f"`replay` sends the {what} {sent!r}, and not {parked!r}."
     return None
 
 
@@ -158,6 +251,7 @@ def _mail(folder: str) -> str | None:
         client = project.client()
         results = {name: client.send_task("mail", args=(name,)) for name in ("ada@shop", "ben@shop", "eve")}
         values = {name: ended(result) for name, result in results.items()}
+        log = project.log()
         for name in ("ada@shop", "ben@shop"):
             if isinstance(values[name], Exception):
                 return f"the mail to {name} ended with {values[name]!r}."
@@ -165,10 +259,17 @@ def _mail(folder: str) -> str | None:
                 return f"the mail to {name} has the result {values[name]!r}."
         if values["eve"] != "not delivered: eve is no address":
             return f"the mail to eve, which is no address, has the result {values['eve']!r}."
-        delivered = (Path(folder) / "delivered").read_text().split()
+        file = Path(folder) / "delivered"
+        delivered = file.read_text().split() if file.exists() else []
+        for name in ("ada@shop", "ben@shop"):
+            again = log.count(f"Task mail[{results[name].id}] received") > 1 and " retry: " not in log
+            if again or name not in delivered:  # a retry that the task doesn't show may deliver it a moment later
+                return f"the mail to {name} has the result 'delivered', but it was not delivered by then."
+            if not (Path(folder) / f"{name}.tries").exists():
+                return f"the mail to {name} was not delivered by `post.deliver`."
         if sorted(delivered) != ["ada@shop", "ben@shop"]:
             return f"these mails were delivered: {', '.join(delivered)}."
-        if " retry: " not in project.log():
+        if " retry: " not in log:
             return "the worker waits inside the task, and has a slot less meanwhile. Use a retry."
     return None
 
@@ -185,7 +286,7 @@ from redis import Redis
 
 client = Celery()
 store = Redis.from_url(os.environ["CELERY_RESULT_BACKEND"], decode_responses=True)
-command, *ids = sys.argv[1:]
+command, *ids = sys.argv[1:] or [""]
 entries = [json.loads(line) for line in store.lrange("parked", 0, -1)]
 {}
 """
@@ -194,6 +295,8 @@ SEND = 'client.send_task(entry["task"], entry["args"], entry["kwargs"], task_id=
 REMOVE = 'store.lrem("parked", 1, json.dumps(entry))'
 EACH = "else:\n    chosen = [entry for entry in entries if entry['id'] == ids[0]]\n    for entry in chosen:\n        "
 UNKNOWN = "\n    if not chosen:\n        print('unknown:', ids[0])"
+KNOWN = EACH.replace("else:", "elif command in ('replay', 'drop'):", 1)
+OTHER = "\nelse:\n    print('What is', command)"
 ONLY = 'if command == "replay":\n            '
 MAIL = """%%writefile scratch/mail/shop.py
 import post
@@ -220,7 +323,7 @@ EXERCISES = {
         right=("answer = [min(2 ** n, 30) for n in range(1, 7)]", "answer = [2.0, 4.0, 8.0, 16.0, 30.0, 30.0]"),
     ),
     "08b-2": Exercise(
-        kind=Task,
+        kind=object,
         judge=_fetch,
         wrong={
             FETCH.format(FOR[14:] + "max_retries=4, retry_backoff=True", "call", "return call()"): "without name=",
@@ -240,16 +343,51 @@ EXERCISES = {
                 "        raise self.retry(countdown=2**self.request.retries)",
             ): "the client gets MaxRetriesExceededError",
             FETCH.format(FOR + "max_retries=4, retry_backoff=True", "call", "call()"): "gave None",
+            FETCH.format(FOR[:28] + "ConnectionError, max_retries=4", "call", "return call()"): "takes a tuple",
+            FETCH.format(
+                'name="fetch"',
+                "call",
+                "for n in range(5):\n        try:\n            return call()\n"
+                "        except (ConnectionError, TimeoutError):\n            if n == 4:\n                raise",
+            ): "it calls again inside the same attempt",
+            FETCH.format(
+                'name="fetch", autoretry_for=(ConnectionError,), max_retries=4', "call", "return call()"
+            ): "after a TimeoutError it called once, and not five times",
+            "def fetch(call):\n    return call()\n\n\nanswer = fetch": "should be a task, and this is a function",
+            **{
+                FETCH.format(
+                    'name="fetch", bind=True, max_retries=4',
+                    "self, call",
+                    "try:\n        return call()\n    except (ConnectionError, TimeoutError) as error:\n"
+                    f"        raise self.retry(exc=error, countdown={linear})",
+                ): f"at most {waits} seconds. With an exponential backoff"
+                for linear, waits in (
+                    ("self.request.retries + 1", "1, 2, 3, 4"),
+                    ("10 + self.request.retries", "10, 11, 12, 13"),
+                    ("(1 + self.request.retries)**2", "1, 4, 9, 16"),
+                )
+            },
         },
         right=(
             FETCH.format(
                 'name="fetch", bind=True, max_retries=4',
                 "self, call",
                 "try:\n        return call()\n    except (ConnectionError, TimeoutError) as error:\n"
-                "        raise self.retry(exc=error, countdown=3 * (self.request.retries + 1))",
+                "        raise self.retry(exc=error, countdown=3 * 1.5**self.request.retries)",
             ),
             FETCH.format(
                 FOR + "retry_kwargs={'max_retries': 4}, retry_backoff=3, retry_jitter=False", "call", "return call()"
+            ),
+            FETCH.format(FOR + "max_retries=4, retry_backoff=30, retry_backoff_max=100", "call", "return call()"),
+            FETCH.format(FOR + "max_retries=4, retry_backoff=60, retry_backoff_max=300", "call", "return call()"),
+            FETCH.format(FOR + "max_retries=4, retry_backoff=300", "call", "return call()"),
+            FETCH.format(
+                'name="fetch", bind=True, max_retries=4',
+                "self, call",
+                "import random\n    from datetime import UTC, datetime, timedelta\n    try:\n        return call()\n"
+                "    except (ConnectionError, TimeoutError) as error:\n"
+                "        wait = timedelta(seconds=10 + 2**self.request.retries + random.random())\n"
+                "        raise self.retry(exc=error, eta=datetime.now(UTC) + wait)",
             ),
         ),
     ),
@@ -264,26 +402,39 @@ EXERCISES = {
             ),
             TOOL.format(LIST + EACH + REMOVE + "\n        " + ONLY + SEND + UNKNOWN): "took the task off the list",
             TOOL.format(LIST + EACH + SEND + "\n        " + REMOVE + UNKNOWN): "`drop` sends the task",
-            TOOL.format(LIST + EACH + ONLY + SEND + UNKNOWN): "the list has id-ada, id-ben, id-eve",
+            TOOL.format(LIST + EACH + ONLY + SEND + UNKNOWN): "the list has id-ada, id-ben, id-eve, id-max",
             TOOL.format(
                 LIST + EACH + ONLY + SEND.replace(', task_id=entry["id"]', "") + "\n        " + REMOVE + UNKNOWN
-            ): "the id of the task was 'id-ben'",
+            ): ", and not 'id-ben'.",
             TOOL.format(
                 LIST + EACH + ONLY + SEND.replace('entry["kwargs"]', "{}") + "\n        " + REMOVE + UNKNOWN
-            ): "the kwargs of the task was",
+            ): "`replay` sends the kwargs {}, and not {'euros': 6}.",
             TOOL.format(LIST + EACH + ONLY + SEND + "\n        " + REMOVE): "the program should say so",
             TOOL.format(
                 LIST + "else:\n    entry = {entry['id']: entry for entry in entries}[ids[0]]\n    "
                 'if command == "replay":\n        ' + SEND + "\n    " + REMOVE
             ): "with a traceback",
+            TOOL.format(LIST + EACH + REMOVE + UNKNOWN): "`replay` sent 0 messages",
+            TOOL.format(
+                LIST + EACH + ONLY + SEND + "\n        if command == 'drop':\n            store.lpop('parked')\n"
+                "        else:\n            " + REMOVE + UNKNOWN
+            ): "after `drop id-eve`, the list has id-eve, id-max, and not id-ada, id-max",
+            TOOL.format(
+                LIST + EACH + ONLY + SEND + "\n        " + REMOVE + UNKNOWN
+            ): "unknown command 'replya', the program",
+            TOOL.format(LIST + KNOWN + ONLY + SEND + "\n        " + REMOVE + UNKNOWN): "and it prints nothing",
+            TOOL.format(
+                "command = sys.argv[1]\n" + LIST + KNOWN + ONLY + SEND + "\n        " + REMOVE + UNKNOWN + OTHER
+            ): "without a command, the program ends with a traceback",
         },
         right=(
             TOOL.format(
-                LIST + EACH + ONLY + SEND + "\n        " + REMOVE + "\n    if not chosen:\n"
-                "        sys.exit(f'{ids[0]} is not parked.')"
+                LIST + KNOWN + ONLY + SEND + "\n        " + REMOVE + "\n    if not chosen:\n"
+                "        sys.exit(f'{ids[0]} is not parked.')" + OTHER
             ),
             TOOL.format(
-                "import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument('command')\n"
+                "import argparse\nparser = argparse.ArgumentParser()\n"
+                "parser.add_argument('command', choices=['list', 'replay', 'drop'])\n"
                 "parser.add_argument('id', nargs='?')\nwords = parser.parse_args()\n"
                 "by_id = {entry['id']: entry for entry in entries}\n"
                 "if words.command == 'list':\n    print('\\n'.join(f\"{i}: {e['error']}\" for i, e in by_id.items()))\n"
@@ -317,6 +468,17 @@ EXERCISES = {
                 "            return 'delivered'\n        except ConnectionError:\n            time.sleep(0.1)\n"
                 "        except ValueError as error:\n            return f'not delivered: {error}'",
             ): "the worker waits inside the task",
+            MAIL.format(
+                5,
+                "    try:\n        post.deliver(customer)\n    except ConnectionError as error:\n"
+                "        try:\n            self.retry(exc=error)\n        except Exception:\n            pass\n"
+                "    except ValueError as error:\n        return f'not delivered: {error}'\n    return 'delivered'",
+            ): "has the result 'delivered', but it was not delivered by then",
+            MAIL.format(
+                5,
+                "    if '@' not in customer:\n        return f'not delivered: {customer} is no address'\n"
+                "    with open('delivered', 'a') as file:\n        print(customer, file=file)\n    return 'delivered'",
+            ): "was not delivered by `post.deliver`",
         },
         right=(
             MAIL.format(

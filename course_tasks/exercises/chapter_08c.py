@@ -1,9 +1,11 @@
 """The exercises and the quiz of chapter 08c."""
 
+import contextlib
 import sqlite3
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from course_tasks.exercises import Exercise, Question, WrongAnswer, called
 from course_tasks.exercises.project import Project, ended
@@ -52,9 +54,23 @@ class Dying(sqlite3.Connection):
         return super().executemany(*args)
 
     def executescript(self, *args):
-        """Run a script, or die."""
-        self._step()
-        return super().executescript(*args)
+        """Run a script, each statement by itself as SQLite does, or die before one of them."""
+        if self.in_transaction:
+            self.commit()
+        level, self.isolation_level = self.isolation_level, None  # a script begins no transaction by itself
+        try:
+            statement = ""
+            for piece in f"{args[0]};".split(";"):
+                statement += piece
+                if not statement.strip():
+                    continue
+                statement += ";"
+                if sqlite3.complete_statement(statement):
+                    self.execute(statement)
+                    statement = ""
+        finally:
+            self.isolation_level = level
+        return self.cursor()
 
     def commit(self):
         """Commit, or die."""
@@ -73,6 +89,9 @@ class _DyingCursor(sqlite3.Cursor):
         self.connection._step()
         return super().execute(*args)
 
+    def executescript(self, *args):
+        return self.connection.executescript(*args)
+
 
 def _pay(answer: Callable) -> str | None:
     with tempfile.TemporaryDirectory(prefix="course-") as folder:
@@ -86,12 +105,20 @@ def _pay(answer: Callable) -> str | None:
                 db.execute("INSERT INTO accounts VALUES (100)")
             db.close()
 
-        def pay(order: str, left: int = 0) -> tuple[object, int]:
-            """Call the function with a connection of its own; say what it returned and how many steps it took."""
+        def pay(order: str, left: int = 0) -> tuple[object, int, bool]:
+            """Call the function with a connection of its own.
+
+            Args:
+                order: the order's number.
+                left: the step before which the function dies; 0 for none.
+
+            Returns:
+                What it returned, how many steps it took, and whether it left something that is not committed.
+            """
             db = sqlite3.connect(path, factory=Dying)
             db.left = left
             try:
-                return called(answer, db, order, 7), db.count
+                return called(answer, db, order, 7), db.count, db.in_transaction
             finally:
                 db.left = 0
                 db.close()  # what is not committed is gone, as with the process
@@ -104,12 +131,13 @@ def _pay(answer: Callable) -> str | None:
                 db.close()
 
         fresh()
-        first, steps = pay("ada-1")
+        first, steps, pending = pay("ada-1")
         if euros() != 107:
-            return f"the account had 100 euros, and after an order of 7 euros it has {euros()}. Is it committed?"
+            why = " Something is not committed." if pending else ""
+            return f"the account had 100 euros, and after an order of 7 euros it has {euros()}.{why}"
         if first is not True:
             return f"for a new order it returned {first!r}."
-        second, _ = pay("ada-1")
+        second = pay("ada-1")[0]
         if euros() != 107:
             return f"after the same order came twice, the account has {euros()} euros, and not 107."
         if second is not False:
@@ -136,34 +164,113 @@ def _loans(folder: str) -> str | None:
     file = Path(folder) / "loans.db"
     file.unlink(missing_ok=True)
     with Project(folder) as project:
+        messages = project.loaded(MESSAGES, "library.py")
+        reason = _unfit(file, messages)
+        if reason:
+            return reason
         project.worker("celery -A library worker --pool=solo --without-mingle --without-gossip")
         client = project.client()
-
-        def send(request: str, book: str, **options) -> object:
-            return ended(client.send_task("lend", args=(request, "ada", book), **options))
-
         for _ in range(2):
-            value = send("form-1", "Emma")
+            value = ended(client.send_task("lend", args=("form-4", "ada", "Emma")))
             if isinstance(value, Exception):
-                return f"the task ended with {value!r}."
-        for _ in range(2):
-            send("form-2", "Emma", task_id="the-same-message")
-        send("form-3", "Emma")
-        if not file.exists():
-            return "there is no file loans.db. Where are the loans?"
-        with sqlite3.connect(file) as db:
-            found = dict(db.execute("SELECT request, count(*) FROM loans GROUP BY request").fetchall())
-        db.close()
-    for request, what in (
-        ("form-1", "which was sent twice"),
-        ("form-2", "whose message came back"),
-        ("form-3", "in which the same reader wants the same book again"),
-    ):
-        if found.get(request, 0) != 1:
-            return f"{request}, {what}, has {found.get(request, 0)} loans, and not one."
+                return f"in a worker, the task ended with {value!r}."
+        if (found := _loans_of(file).get("form-4", 0)) != 1:
+            return f"in a worker, a form that was sent twice has {found} loans, and not one."
     return None
 
 
+def _unfit(file: Path, messages: dict[str, Any]) -> str | None:
+    for message in messages["run"]:
+        if "error" in message:
+            return f"the task ended with {message['error']}."
+    if not file.exists():
+        return "there is no file loans.db. Where are the loans?"
+    found = _loans_of(file)
+    for request, what in (
+        ("form-1", "which was sent twice, each time to another process"),
+        ("form-3", "in which the same reader wants the same book again"),
+        ("form-2", "whose message came back"),
+    ):
+        if found.get(request, 0) != 1:
+            return f"{request}, {what}, has {found.get(request, 0)} loans, and not one."
+    if not messages["late"]:
+        return "the task is acknowledged before it runs, so the loan is lost if its worker dies."
+    for request in messages["died"]:
+        if found.get(request, 0) != 1:
+            return (
+                f"its process died in the middle, and the message came back. Then the form has {found.get(request, 0)} "
+                "loans, and not one."
+            )
+    return None
+
+
+def _loans_of(file: Path) -> dict[str, int]:
+    """How many loans each request has."""
+    with contextlib.closing(sqlite3.connect(file)) as db:
+        return dict(db.execute("SELECT request, count(*) FROM loans GROUP BY request").fetchall())
+
+
+# Runs the task as often as it is sent, each time in a new process. Some of these die before a statement or a request.
+MESSAGES = """
+import json, os, signal, sqlite3, tempfile
+from celery.app.utils import find_app
+from redis.connection import AbstractConnection
+
+count = death = 0
+
+def step(*_):
+    global count
+    count += 1
+    if count == death:
+        os._exit(9)
+
+def connect(*args, connect=sqlite3.connect, **options):
+    db = connect(*args, **options)
+    db.execute("PRAGMA synchronous = OFF")  # a process dies here, and not the machine
+    db.set_trace_callback(step)
+    return db
+
+def send(*args, send=AbstractConnection.send_packed_command, **options):
+    step()
+    return send(*args, **options)
+
+sqlite3.connect, AbstractConnection.send_packed_command = connect, send
+app = find_app("library")
+if "lend" not in app.tasks:
+    raise SystemExit("there is no task named lend")
+
+def run(request, id, dies=0):
+    global count, death
+    with tempfile.TemporaryFile("w+") as said:
+        pid = os.fork()
+        if not pid:
+            signal.alarm(10)
+            count, death = 0, dies
+            result = app.tasks["lend"].apply(args=(request, "ada", "Emma"), task_id=id)
+            error = {} if result.successful() else {"error": repr(result.result)}
+            said.write(json.dumps({"steps": count} | error))
+            said.flush()
+            os._exit(0)
+        status = os.waitpid(pid, 0)[1]
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
+            return {"error": "no result after 10 seconds"}
+        said.seek(0)
+        return json.loads(said.read() or "{}")
+
+forms = (("form-1", "a"), ("form-1", "b"), ("form-2", "c"), ("form-2", "c"), ("form-3", "d"))
+runs, died = [], []
+for form in forms:
+    if not runs or "error" not in runs[-1]:
+        runs.append(run(*form))
+if "error" not in runs[-1]:
+    for place in range(1, min(runs[0]["steps"], 50) + 1):
+        died.append(f"died-{place}")
+        run(died[-1], died[-1], place)
+        runs.append(run(died[-1], died[-1]))
+        if "error" in runs[-1]:
+            break
+print(json.dumps({"run": runs, "died": died, "late": app.tasks["lend"].acks_late}))
+"""
 PAY = """import sqlite3
 
 
@@ -174,6 +281,7 @@ def pay(db, order, euros):
 answer = pay"""
 INSERT = 'db.execute("INSERT INTO paid VALUES (?)", (order,))'
 UPDATE = 'db.execute("UPDATE accounts SET euros = euros + ?", (euros,))'
+SET = 'db.execute("UPDATE accounts SET euros = ?", (euros,))'
 EXCEPT = "\n    except sqlite3.IntegrityError:\n        return False\n    return True"
 LIBRARY = """%%writefile scratch/loans/library.py
 from sqlite3 import IntegrityError
@@ -193,6 +301,23 @@ def lend(self, request, reader, book):
             {second}
         except IntegrityError:
             return "was done before"
+    return "done"
+"""
+REDIS = """%%writefile scratch/loans/library.py
+import os
+
+from celery import Celery
+from loans import database
+from redis import Redis
+
+app = Celery("library")
+store = Redis.from_url(os.environ["CELERY_RESULT_BACKEND"])
+
+
+@app.task(name="lend", acks_late=True)
+def lend(request, reader, book):
+    with database() as db:
+        {}
     return "done"
 """
 KEY = 'db.execute("INSERT INTO done VALUES (?)", ({},))'
@@ -221,7 +346,17 @@ EXERCISES = {
         judge=_pay,
         wrong={
             PAY.format("with db:\n        " + UPDATE + "\n    return True"): "the same order came twice",
-            PAY.format("try:\n        " + INSERT + "\n        " + UPDATE + EXCEPT): "Is it committed?",
+            PAY.format(
+                "try:\n        " + INSERT + "\n        " + UPDATE + EXCEPT
+            ): "it has 100. Something is not committed.",
+            PAY.format("try:\n        with db:\n            " + INSERT + "\n            " + SET + EXCEPT): (
+                "after an order of 7 euros it has 7."
+            ),
+            PAY.format(
+                "if db.execute('SELECT * FROM paid WHERE order_id = ?', (order,)).fetchone():\n        return False\n"
+                '    db.executescript(f"UPDATE accounts SET euros = euros + {euros};"\n'
+                "                     f\"INSERT INTO paid VALUES ('{order}')\")\n    return True"
+            ): "Then the account has 114 euros, and not 107",
             PAY.format(
                 "try:\n        with db:\n            "
                 + INSERT
@@ -231,7 +366,7 @@ EXERCISES = {
             ): "died before step 2",
             PAY.format(
                 "try:\n        with db:\n            " + UPDATE + "\n        with db:\n            " + INSERT + EXCEPT
-            ): "the account has 114 euros, and not 107",
+            ): "the same order came twice, the account has 114 euros, and",
             PAY.format(
                 "try:\n        with db:\n            "
                 + INSERT
@@ -260,6 +395,11 @@ EXERCISES = {
                 "with db:\n        new = db.execute('INSERT OR IGNORE INTO paid VALUES (?)', (order,)).rowcount\n"
                 "        db.execute('UPDATE accounts SET euros = euros + ?', (euros * new,))\n    return new == 1"
             ),
+            PAY.format(
+                "if db.execute('SELECT * FROM paid WHERE order_id = ?', (order,)).fetchone():\n        return False\n"
+                '    db.executescript(f"BEGIN; UPDATE accounts SET euros = euros + {euros};"\n'
+                "                     f\"INSERT INTO paid VALUES ('{order}'); COMMIT;\")\n    return True"
+            ),
         ),
     ),
     "08c-3": Exercise(
@@ -267,15 +407,41 @@ EXERCISES = {
         judge=_loans,
         project="scratch/loans",
         wrong={
-            _library(KEY.format("self.request.root_id")): "form-1, which was sent twice, has 2 loans",
-            _library("pass", LOAN + "\n            " + LOAN): "form-1, which was sent twice, has 4 loans",
-            _library(KEY.format("f'{reader} {self.request.id}'"), "pass"): "form-1, which was sent twice, has 0 loans",
+            _library(
+                KEY.format("self.request.root_id")
+            ): "form-1, which was sent twice, each time to another process, has 2 loans",
+            _library("pass", LOAN + "\n            " + LOAN): "another process, has 4 loans",
+            _library(KEY.format("f'{reader} {self.request.id}'"), "pass"): "another process, has 0 loans",
             _library(KEY.format("requests")): "the task ended with NameError",
-            _library(KEY.format("reader + book")): "form-2, whose message came back, has 0 loans",
+            _library(
+                KEY.format("reader + book")
+            ): "form-3, in which the same reader wants the same book again, has 0 loans",
+            _library(KEY.format("request")).replace("acks_late=True", "acks_late=False"): (
+                "the task is acknowledged before it runs"
+            ),
+            _library(KEY.format("request"), "db.commit()\n            " + LOAN): "Then the form has 0 loans",
+            _library(
+                "if request in SEEN:\n                return 'done before'", "SEEN.add(request)\n            " + LOAN
+            )
+            + "\n\nSEEN = set()\n": "each time to another process, has 2 loans",
+            REDIS.format(
+                "if not store.set(request, 1, nx=True, ex=86400):\n            return 'done before'\n        " + LOAN
+            ): "came back. Then the form has 0 loans",
+            REDIS.format(
+                "if store.exists(request):\n            return 'done before'\n        "
+                + LOAN
+                + "\n    store.set(request, 1, ex=86400)"
+            ): "Then the form has 2 loans",
+            _library(KEY.format("request")).replace('name="lend"', 'name="lent"'): "there is no task named lend",
         },
         right=(
             _library("pass", LOAN, "db.execute('CREATE UNIQUE INDEX IF NOT EXISTS once ON loans (request)')"),
             _library(KEY.format("'form ' + request")),
+            _library(
+                "db.execute('BEGIN IMMEDIATE')",
+                "if not db.execute('SELECT * FROM loans WHERE request = ?', (request,)).fetchall():\n                "
+                + LOAN,
+            ),
         ),
     ),
 }
