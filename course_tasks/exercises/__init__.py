@@ -310,7 +310,7 @@ def _verdict(exercise: str, answer: Any) -> str:
     found = all_of(chapter).get(exercise)
     if found is None:
         return f"There is no exercise {exercise!r}. {RENAMED}"
-    if answer is ... or (isinstance(answer, tuple | list) and answer and all(map(_is_dots, answer))):
+    if answer is ... or (type(answer) in (tuple, list) and answer and all(map(_is_dots, answer))):
         line = f"☐ {exercise}: still to do. Put your answer in place of the dots (...), and run both cells again."
         return line + _remember(chapter, "exercises", exercise, "open")[1]
     if found.project and _as_delivered(chapter, found.project):

@@ -142,7 +142,7 @@ def _lifetime(watched: Watched) -> str | None:
 
 def _nightly(folder: str) -> str | None:
     with Project(folder) as project:
-        settings = project.loaded(SETTINGS, "mails.py or reports.py")
+        settings = project.loaded(SETTINGS, "mails.py")
         keys = [[options.get(key, key) for key in OWN] for options in ((each[0] or {}) for each in settings.values())]
         apart = all(mine != other for mine, other in zip(*keys, strict=True))  # then nobody looks into the other's
         for module, (options, late) in settings.items():
