@@ -15,8 +15,11 @@ import shutil
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from zipfile import ZipFile
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -154,9 +157,11 @@ def install(dev: bool = False, pack: Path | None = None) -> None:
     """
     import fcntl  # not on Windows, where the command line ends earlier
 
-    from course_tasks.pack import opened
+    archive = None
+    if pack:  # a file that doesn't fit is worth a word even if nothing is missing
+        from course_tasks.pack import opened
 
-    archive = opened(pack) if pack else None  # a file that doesn't fit is worth a word even if nothing is missing
+        archive = opened(pack)
     try:
         if is_ready(dev):
             return
@@ -176,7 +181,7 @@ def install(dev: bool = False, pack: Path | None = None) -> None:
         raise Problem(f"Installing into {VENV} failed: {error}. Mend that, and run the same command again.") from None
 
 
-def _install(dev: bool, lock: int, archive: zipfile.ZipFile | None) -> None:
+def _install(dev: bool, lock: int, archive: "ZipFile | None") -> None:
     old, started = read_stamp(), time.monotonic()
     new = complete_stamp(old or {}, dev)
     fits = PYTHON.exists() and all((old or {}).get(key) == new[key] for key in ("venv", "python"))

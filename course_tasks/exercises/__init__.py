@@ -319,8 +319,8 @@ def _verdict(exercise: str, answer: Any) -> str:
     reason: str | None
     if not isinstance(answer, found.kind):
         kinds = found.kind if isinstance(found.kind, tuple) else (found.kind,)
-        wanted = " or ".join(map(_in_words, kinds))
-        reason = f"the answer should be {wanted}, and this is {_in_words(type(answer))}."
+        wanted = " or ".join(map(in_words, kinds))
+        reason = f"the answer should be {wanted}, and this is {in_words(type(answer))}."
     else:
         try:
             reason = found.judge(answer)
@@ -345,7 +345,7 @@ def _quiz_verdict(question: str, answer: Any) -> str:
     if isinstance(answer, str):
         reason = found.judge(answer)
     else:
-        reason = f'an answer is a text in quotes, such as "a". This is {_in_words(type(answer))}.'
+        reason = f'an answer is a text in quotes, such as "a". This is {in_words(type(answer))}.'
     if reason:
         return f"❌ quiz {question}: {_unmarked(reason)}" + _remember(chapter, "quiz", question, "wrong")[1]
     notice = _remember(chapter, "quiz", question, "right")[1]
@@ -397,5 +397,6 @@ def _unmarked(text: str) -> str:
     return " ".join(re.sub(r"`|\*\*|(?<!\w)\*(?=\S)|(?<=\S)\*(?!\w)", "", unlinked).split())
 
 
-def _in_words(kind: Any) -> str:
+def in_words(kind: Any) -> str:
+    """What a learner calls a type, with its article: "a list" for `list`, for example."""
     return WORDS.get(kind.__name__, f"an object of type {kind.__name__}")

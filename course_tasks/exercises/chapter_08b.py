@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import json
-import shlex
 import signal
 from datetime import datetime
 from itertools import pairwise
@@ -12,7 +11,7 @@ from pathlib import Path
 from celery.app.task import Task
 from celery.exceptions import Retry
 
-from course_tasks.exercises import WORDS, Exercise, Question, WrongAnswer
+from course_tasks.exercises import Exercise, Question, WrongAnswer, in_words
 from course_tasks.exercises.project import Project, ended
 
 WAITS = [2, 4, 8, 16, 30, 30]  # seconds
@@ -35,7 +34,7 @@ import celery.app.amqp, kombu.transport.redis, redis
 
 broker, backend = (redis.Redis.from_url(os.environ[n]) for n in ("CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"))
 found = []
-for words, answers in json.loads(sys.argv[1]):
+for words, answers in {RUNS!r}:
     said = tempfile.TemporaryFile()
     pid = os.fork()
     if not pid:
@@ -74,8 +73,7 @@ def _waits(answer: list) -> str | None:
 def _fetch(answer: object) -> str | None:
     try:  # a task is made when it is first looked at
         if not isinstance(answer, Task):
-            name = type(answer).__name__
-            return f"the answer should be a task, and this is {WORDS.get(name, f'an object of type {name}')}."
+            return f"the answer should be a task, and this is {in_words(type(answer))}."
     except TypeError as trouble:
         if "not iterable" in str(trouble):
             return "autoretry_for takes a tuple, also if there is only one exception in it."
@@ -176,8 +174,7 @@ def _parked(folder: str) -> str | None:
     lines = {entry["id"]: json.dumps(entry) for entry in entries}
     with Project(folder) as project:
         project.backend.rpush("parked", *lines.values())
-        program = f"python -c {shlex.quote(COMMANDS)} {shlex.quote(json.dumps(RUNS))}"
-        runs = json.loads(project.run(program, seconds=60, name="parked.py").splitlines()[-1])
+        runs = project.loaded(COMMANDS, "parked.py", seconds=60)
     if runs[-1]["code"] == -signal.SIGALRM:
         return f"`python parked.py {runs[-1]['words']}` was still running after 10 s."
     listed, replayed, gone, dropped, *unknown = runs

@@ -134,12 +134,13 @@ class Project:
             raise WrongAnswer(f"`{name}` ended with an error: {_end(_text(log))}")
         return _text(log)
 
-    def loaded(self, source: str, name: str) -> Any:
+    def loaded(self, source: str, name: str, seconds: float = 20) -> Any:
         """Run a program of the judge's own, which imports the project's modules.
 
         Args:
             source: of the program. It prints a line of JSON at its end; Python may complain below it.
             name: what to call it in a reason, such as the name of the module.
+            seconds: how long it may take.
 
         Returns:
             What was in the last line of JSON.
@@ -147,7 +148,7 @@ class Project:
         Raises:
             WrongAnswer: it failed, as when a module of the project can't be imported.
         """
-        said = self.run(f"python -c {shlex.quote(source)}", name=name)
+        said = self.run(f"python -c {shlex.quote(source)}", seconds, name)
         for line in reversed(said.splitlines()):
             with contextlib.suppress(ValueError):
                 return json.loads(line)

@@ -147,7 +147,7 @@ def test_the_client_of_chapter_01_waits_as_long_as_it_says_if_nobody_answers(pai
 
 
 @chapters()
-def test_every_exercise_has_its_cells_and_two_wrong_answers(path):
+def test_every_exercise_has_its_cells_and_enough_wrong_and_right_answers(path):
     judged = exercises.all_of(copies.number(path.name))
     assert len(judged) >= 2
     tags = tagged(path)
