@@ -388,7 +388,11 @@ def behind_a_proxy(project: Project, answer: Callable[[bytes, bytes], bytes | No
 
 
 def test_a_message_whose_arrival_is_not_confirmed_is_sent_twice(project):
-    stands("01", "So it sends the message once more, and then the message waits in the queue twice.")
+    stands(
+        "01",
+        "So it sends the message once more.",
+        "If the first one had arrived, the message now waits in the queue twice.",
+    )
     cut = []
 
     def answer(request: bytes, reply: bytes) -> bytes | None:
@@ -451,6 +455,19 @@ def test_messages_that_a_worker_cannot_put_back_stay_in_unacked(project):
     ids = [json.loads(copy)[0]["headers"]["id"] for copy in project.broker.hvals("unacked")]
     started = project.log().count("noted: ")
     assert {*sent[started : started + 3]} <= {*ids}, "when the last of them started, the worker reached for a fourth"
+
+
+def test_a_worker_that_is_stopped_puts_its_reserved_messages_back_after_a_purge(project):
+    stands("01b", "If you stop the worker, it even puts them back into the purged queue.")
+    notes(project, more="--pool=threads -c 1 -n w@%h")
+    sent = [project.client().send_task("note", args=(n, 3), ignore_result=True).id for n in range(3)]
+    logged(project, "noted: 0")
+    until(lambda: project.broker.hlen("unacked") == 2, "two messages to be reserved")
+    assert "No messages purged" in project.run("celery -A notes purge -f")
+    project.client().control.shutdown()
+    until(lambda: project.broker.llen("celery"), "the worker to put them back")
+    kept = [json.loads(message)["headers"]["id"] for message in project.broker.lrange("celery", 0, -1)]
+    assert kept and {*kept} <= {*sent[1:]}
 
 
 def test_purge_asks_first_and_f_is_for_not_asking(project):
@@ -1122,7 +1139,7 @@ def heartbeat_age(folder: Path) -> float:
 
 
 def test_inspect_waits_a_second_and_a_worker_without_a_name_is_called_celery(project):
-    stands("03b", "it always waits for the whole `timeout`, by default one second")
+    stands("03b", "so it waits for the whole `timeout`, by default one second")
     stands("03b", "Without `-n`, a worker is called `celery@` and the name of its machine")
     stands("03b", "Every two seconds its main process sends a **heartbeat**")
     begin = time.monotonic()
@@ -1329,6 +1346,27 @@ def test_the_defaults_for_a_worker_s_end(project):
     with project.client().connection_for_read() as connection:
         assert connection.default_channel.visibility_timeout == Channel.visibility_timeout == 3600
     assert not defaults.task_acks_late and not defaults.task_reject_on_worker_lost
+
+
+def test_the_lock_of_a_worker_that_was_killed_while_it_put_messages_back(project):
+    stands("03c", "If it is killed then, the lock stays for `unacked_mutex_expire` seconds, by default 300.")
+    for options, seconds in (({}, 300), ({"unacked_mutex_expire": 5}, 5)):
+        client = project.client()
+        client.conf.broker_transport_options = options
+        with client.connection_for_read() as connection, project.broker.monitor() as watched:
+            channel = connection.default_channel
+            channel.qos.restore_visible(interval=1)
+            lock = next(line["command"] for line in watched.listen() if "SET unacked_mutex" in line["command"])
+            assert lock.endswith(f"NX PX {seconds * 1000}")
+            with project.broker.pipeline() as pipe:  # as the worker that was killed has left it
+                pipe.zadd("unacked_index", {"tag": 0})
+                pipe.set("unacked_mutex", "killed")
+                pipe.execute()
+            channel.qos.restore_visible(interval=1)
+            assert project.broker.zcard("unacked_index") == 1
+            project.broker.delete("unacked_mutex")
+            channel.qos.restore_visible(interval=1)
+            assert not project.broker.exists("unacked_index")
 
 
 def test_workers_look_through_unacked_every_hundred_seconds(project):
@@ -2377,7 +2415,7 @@ def test_each_inspect_ping_imports_the_app(project, tmp_path):
 
 
 def test_pool_grow_lasts_until_the_worker_is_restarted_and_a_green_worker_waits_two_seconds(project, tmp_path):
-    stands("06", "`pool_grow` does that until the worker is restarted", "looks again only after two seconds")
+    stands("06", "`pool_grow` adds one until the worker is restarted", "looks again only after two seconds")
     stands("06b", "its main loop waits for two seconds")
     write_slotted(tmp_path)
     with tmp_path.joinpath("slotted.py").open("a") as file:
@@ -2735,7 +2773,7 @@ def test_a_worker_is_silent_about_a_wrong_format_because_it_redirects_stderr(pro
     stands(
         "07c",
         "A line that can't be formatted is dropped, and nothing tells you so.",
-        "The task's own line is there, because a task logger has a format of its own (`worker_task_log_format`).",
+        "Only the task's own line is there, because a task logger has a format of its own (`worker_task_log_format`).",
         "It sends what programs write to stderr to the same log",
     )
     settings = (
