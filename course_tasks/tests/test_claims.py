@@ -53,7 +53,7 @@ from celery.beat import Scheduler
 from celery.bin.worker import worker as worker_command
 from celery.concurrency import ALIASES, get_available_pool_names
 from celery.events.state import State
-from celery.exceptions import NotRegistered, TaskRevokedError, TimeLimitExceeded
+from celery.exceptions import NotRegistered, TaskRevokedError
 from celery.exceptions import TimeoutError as ResultTimeout
 from celery.result import AsyncResult, GroupResult
 from celery.schedules import crontab
@@ -876,21 +876,6 @@ def test_inspect_names_tasks_that_are_pending(project):
     assert running.state == waiting.state == "PENDING"
 
 
-def test_a_reserved_task_can_be_cancelled_without_a_countdown(project):
-    stands("02b", "Before a task starts, you can cancel it with `revoke()`.")
-    (project.folder / "holds.py").write_text(HOLDS)
-    project.worker(f"{HOLDS_WORKER} --pool=prefork --concurrency=1", seconds=60)
-    client = project.client()
-    running, reserved = client.send_task("hold"), client.send_task("hold")
-    until(lambda: project.log().count("] received") == 2 and "holding" in project.log(), "the worker to take both")
-    reserved.revoke()
-    logged(project, "flagged as revoked")
-    (project.folder / "go").touch()
-    assert running.get(timeout=20) == "gone on"
-    assert isinstance(reserved.get(timeout=20, propagate=False), TaskRevokedError)
-    assert project.log().count("holding") == 1
-
-
 def test_a_task_is_over_in_three_states_and_not_in_one_of_its_own(project):
     stands("02b", "| any other, such as PROGRESS | the task has stored it itself | what the task wanted to say | no |")
     stands("02b", "But it is `ready()`, because that only means that the task is over, however it ended.")
@@ -1447,16 +1432,6 @@ def test_a_program_that_cannot_reach_the_broker_gets_an_error_and_not_none():
         app.control.inspect(timeout=1).ping()
 
 
-def test_at_warning_a_worker_writes_nothing_about_a_task_that_had_to_wait(project, tmp_path):
-    stands("03b", "At the log level WARNING, a worker writes nothing about tasks that went well.")
-    write_tasks(tmp_path)
-    project.client().send_task("nap", args=(0,), countdown=0.1).forget()
-    done = project.client().send_task("nap", args=(0,), countdown=0.1)
-    project.client().send_task("bye", countdown=1)
-    said = project.run(f"celery -A tasks worker --loglevel=WARNING {QUIET}").partition("key=celery")[2]
-    assert done.state == "SUCCESS" and not re.findall(r"\bnap\[", said)
-
-
 def test_in_a_terminal_d_names_the_node_that_an_order_is_for(project, tmp_path):
     stands("03b", "To prevent such accidents, always give nodes (`-d NODE` in a terminal).")
     write_tasks(tmp_path)
@@ -1702,31 +1677,26 @@ def test_a_worker_with_a_short_timeout_puts_back_the_messages_of_the_others(proj
     assert result.state == "STARTED"
 
 
-def test_a_late_task_that_failed_is_acknowledged_as_well(project, tmp_path):
-    stands("03c", "With `acks_late=True` a worker acknowledges the message when the task has ended")
-    write_risk(tmp_path)
-    project.worker(f"{RISKY} --pool=solo")
-    result = project.client().send_task("late", args=("no number",))
-    until(lambda: result.state == "FAILURE", "the task to fail")
-    until(lambda: not project.broker.exists("celery", "unacked"), "no message is left", seconds=10)
-
-
 def test_a_look_puts_back_every_message_that_is_old_enough(project):
     stands("03c", "put back every message that has been there for longer than the **visibility timeout**")
     client, loop = project.client(), MagicMock()
     client.conf.broker_transport_options = {"visibility_timeout": 0.1, **FAST}
     for _ in range(15):
         client.send_task("buy", queue="shelf", ignore_result=True)
-    with client.connection_for_read() as connection, connection.channel() as channel:
-        queue = connection.SimpleQueue("shelf")
+    with (
+        client.connection_for_read() as other,
+        client.connection_for_read() as connection,
+        connection.channel() as channel,
+        kombu.Consumer(channel, [Queue("celery")]),
+    ):
+        connection.transport.register_with_event_loop(connection.connection, loop)
+        timers = {call.args[1].__name__: call.args for call in loop.call_repeatedly.call_args_list}
+        queue = other.SimpleQueue("shelf")
         for _ in range(15):
             queue.get(timeout=10)
         assert project.broker.hlen("unacked") == 15
         time.sleep(0.2)  # longer than the visibility timeout
-        with kombu.Consumer(channel, [Queue("celery")]):
-            connection.transport.register_with_event_loop(connection.connection, loop)
-            timers = {call.args[1].__name__: call.args for call in loop.call_repeatedly.call_args_list}
-            timers["maybe_restore_messages"][1]()
+        timers["maybe_restore_messages"][1]()
         assert (project.broker.llen("shelf"), project.broker.hlen("unacked")) == (15, 0)
 
 
@@ -1857,14 +1827,6 @@ def test_a_package_without_tasks_does_not_keep_the_next_one_out(project, tmp_pat
     write_shop(tmp_path, 'app = Celery("shop")\napp.autodiscover_tasks(["store", "films"])')
     project.worker(f"python -m celery -A shop worker {QUIET}")
     assert re.findall(r"^  \. (\S+)$", project.log(), re.MULTILINE) == ["count", "shop.price"]
-
-
-def test_the_default_pool_keeps_the_time_limit_of_the_settings(project):
-    stands("03d", "(Not every pool can keep such a limit, but the default pool can.")
-    notes(project, "task_time_limit = 1", more="-c 1")
-    asked = project.client().send_task("note", args=("long", 60))
-    with pytest.raises(TimeLimitExceeded):
-        asked.get(timeout=30)
 
 
 # --- 04 ------------------------------------------------------------------------------------------------------
