@@ -1444,22 +1444,6 @@ def test_in_a_terminal_d_names_the_node_that_an_order_is_for(project, tmp_path):
     assert node_stats(project.client(), "two")["pid"] == two
 
 
-def test_a_prefork_worker_answers_and_sends_heartbeats_while_it_runs_a_task(project, tmp_path):
-    stands("03b", "prefork and threads can, and gevent and eventlet can as long as the task waits.")
-    stands("03b", "A healthy worker touches the file every two seconds")
-    write_tasks(tmp_path)
-    project.worker("celery -A tasks worker --pool=prefork -c 1 --without-mingle --without-gossip")
-    client = project.client()
-    result = client.send_task("hold")
-    until(lambda: result.state == "STARTED", "the task to start")
-    [running] = until(lambda: client.control.inspect(timeout=5, limit=1).active(), "an answer").values()
-    assert [task["id"] for task in running] == [result.id]
-    beats: set[float] = set()
-    until(lambda: beats.add(heartbeat_age(tmp_path) < 0.5) or len(beats) == 2, "old and new heartbeats", seconds=10)
-    until(lambda: heartbeat_age(tmp_path) < 0.5, "one more heartbeat", seconds=10)
-    assert result.state == "STARTED"
-
-
 # --- 03c -----------------------------------------------------------------------------------------------------
 
 
