@@ -1684,6 +1684,18 @@ def test_a_look_puts_back_every_message_that_is_old_enough(project):
         assert (project.broker.llen("shelf"), project.broker.hlen("unacked")) == (15, 0)
 
 
+def test_sigquit_itself_waits_for_the_soft_timeout(project, tmp_path):
+    stands("03c", "a cold stop waits for that many seconds before it ends the running tasks")
+    write_risk(tmp_path, worker_soft_shutdown_timeout=4)
+    project.worker(f"{RISKY} --pool=prefork --concurrency=1")
+    pid = node_stats(project.client(), "celery")["pid"]
+    result = project.client().send_task("early", args=(1,))
+    until(lambda: result.state == "STARTED", "the task to start")
+    os.kill(pid, signal.SIGQUIT)
+    until(lambda: not psutil.pid_exists(pid), "the end of the worker")
+    assert result.state == "SUCCESS"
+
+
 def test_a_task_that_waits_for_its_time_goes_back_at_a_warm_stop(project, tmp_path):
     stands("03c", "running tasks are finished, and waiting ones go back")
     write_risk(tmp_path)
