@@ -46,6 +46,7 @@ from amqp.basic_message import Message
 from asgi_correlation_id import CorrelationIdMiddleware
 from celery import Celery, chord, states
 from celery.app.control import Inspect
+from celery.app.defaults import SETTING_KEYS
 from celery.app.task import Context, extract_exec_options
 from celery.app.utils import find_app
 from celery.beat import Scheduler
@@ -205,6 +206,26 @@ def test_a_task_without_a_name_is_called_after_its_module_and_function():
 
     total.__module__ = "shop"
     assert Celery(set_as_current=False).task(total).name == "shop.total"
+
+
+def test_a_waiting_message_has_no_time_to_live(project):
+    stands("00", "A task that you send while no worker is running waits in the broker until a worker takes it.")
+    project.client().send_task("buy", ignore_result=True)
+    assert project.broker.ttl("celery") == -1
+
+
+def test_a_gevent_worker_runs_as_many_tasks_at_once_as_its_banner_says(project):
+    stands("00", "tells you how many tasks this worker can run at the same time, and with which technique")
+    (project.folder / "holds.py").write_text(HOLDS)
+    project.worker(f"{HOLDS_WORKER} --pool=gevent --concurrency=2", seconds=60)
+    assert "concurrency: 2 (gevent)" in project.log()
+    results = [project.client().send_task("hold") for _ in range(3)]
+    until(lambda: project.log().count("] received") == 3, "the worker to take all three")
+    until(lambda: project.log().count("holding") >= 2, "two tasks to start")
+    time.sleep(0.5)  # in which a third one would start
+    assert project.log().count("holding") == 2
+    (project.folder / "go").touch()
+    assert [result.get(timeout=20) for result in results] == ["gone on"] * 3
 
 
 # --- 01 ------------------------------------------------------------------------------------------------------
@@ -408,6 +429,17 @@ def test_a_message_whose_arrival_is_not_confirmed_is_sent_twice(project):
     assert len(ids) == 2 and len(set(ids)) == 1
 
 
+def test_the_body_names_the_tasks_that_should_follow(project):
+    stands("01", "and `embed`: other tasks that should follow this one.")
+    client = project.client()
+    after = {name: client.signature(name) for name in ("pay", "complain", "pack")}
+    follow = {"link": after["pay"], "link_error": after["complain"], "chain": [after["pack"]]}
+    client.send_task("buy", ignore_result=True, **follow)
+    [_, _, embed] = json.loads(base64.b64decode(json.loads(project.broker.lindex("celery", 0))["body"]))
+    named = {name: [task["task"] for task in tasks or ()] for name, tasks in embed.items()}
+    assert named == {"callbacks": ["pay"], "errbacks": ["complain"], "chain": ["pack"], "chord": []}
+
+
 # --- 01b -----------------------------------------------------------------------------------------------------
 
 
@@ -569,6 +601,37 @@ def test_with_redis_a_message_that_is_put_back_goes_to_the_front(project):
     assert waiting == ["(2,)", "(1,)", "(0,)"]
 
 
+def test_a_message_that_is_put_back_after_the_visibility_timeout_goes_to_the_front(project):
+    stands("01b", "first in, first out; messages that are put back go to the front")
+    client = project.client()
+    client.conf.broker_transport_options = {"visibility_timeout": 0.1}
+    for number in range(3):
+        client.send_task("buy", args=(number,), queue="shelf", ignore_result=True)
+    with client.connection_for_read() as connection:
+        queue = connection.SimpleQueue("shelf")
+        queue.get(timeout=10)
+        time.sleep(0.2)  # longer than the visibility timeout
+        queue.channel.qos.restore_visible()
+        waiting = [json.loads(raw)["headers"]["argsrepr"] for raw in project.broker.lrange("shelf", 0, -1)]
+    assert waiting == ["(2,)", "(1,)", "(0,)"]
+
+
+def test_a_message_for_any_queue_is_persistent(project):
+    stands("01b", "kept on disk: Celery's queues are durable, and its messages are persistent")
+    for queue in ("celery", "shelf"):
+        project.client().send_task("buy", queue=queue, ignore_result=True)
+        assert json.loads(project.broker.lindex(queue, 0))["properties"]["delivery_mode"] == 2
+
+
+def test_a_strict_app_s_worker_does_not_start_with_a_queue_that_is_not_listed(project):
+    stands(
+        "01b", "| What if a queue name is wrong? | `task_create_missing_queues=False` | every app must list its queues"
+    )
+    with pytest.raises(WrongAnswer, match="ended before it was ready"):
+        notes(project, "task_create_missing_queues = False", more="--pool=solo -Q lettres")
+    assert project.broker.keys("_kombu.binding.lettres") == []
+
+
 # --- 02 ------------------------------------------------------------------------------------------------------
 
 
@@ -642,6 +705,33 @@ def test_a_client_stores_nothing_and_a_timedelta_counts_as_its_seconds(project):
         again.conf.result_expires = expires
         again.backend.store_result(str(expires), 42, "SUCCESS")
         assert 3590 < project.backend.ttl(f"celery-task-meta-{expires}") <= 3600
+
+
+def test_of_a_task_that_ignores_its_result_not_even_an_error_is_stored(project):
+    stands("02", "With `ignore_result=True`, nothing is stored.")
+    notes(project)
+    project.client().send_task("note", args=("too", "many", "arguments"), ignore_result=True)
+    logged(project, "raised unexpected: TypeError")
+    after = project.client().send_task("note", args=("after it",))
+    assert after.get(timeout=20) == "after it"
+    assert project.backend.keys() == [f"celery-task-meta-{after.id}".encode()]
+
+
+def test_reading_a_result_does_not_change_its_time_to_live(project):
+    stands("02", "A result stays for its whole time to live, whether anybody has read it or not.")
+    stands("02", "it plays no part here, because a client stores nothing")
+    worker, client = project.client(), project.client()
+    worker.conf.result_expires = 60
+    worker.backend.store_result("an-id", 42, "SUCCESS")
+    assert client.AsyncResult("an-id").get(timeout=10) == client.AsyncResult("an-id").result == 42
+    assert 50 < project.backend.ttl("celery-task-meta-an-id") <= 60
+
+
+def test_a_result_can_be_forgotten_by_a_client_that_has_not_read_it(project):
+    stands("02", "and `forget()` deletes it sooner.")
+    project.client().backend.store_result("an-id", 42, "SUCCESS")
+    project.client().AsyncResult("an-id").forget()
+    assert project.backend.keys() == []
 
 
 # --- 02b -----------------------------------------------------------------------------------------------------
@@ -803,6 +893,20 @@ def test_inspect_names_tasks_that_are_pending(project):
     assert running.state == waiting.state == "PENDING"
 
 
+def test_a_task_is_over_in_three_states_and_not_in_one_of_its_own(project):
+    stands("02b", "| any other, such as PROGRESS | the task has stored it itself | what the task wanted to say | no |")
+    stands("02b", "But it is `ready()`, because that only means that the task is over, however it ended.")
+    stands("02b", "A record of `STARTED` expires like any other record (see 02)")
+    client = project.client()
+    errors = {"RETRY": ValueError(), "FAILURE": ValueError(), "REVOKED": TaskRevokedError()}
+    for state in ("PENDING", "STARTED", "RETRY", "SUCCESS", "FAILURE", "REVOKED", "PROGRESS"):
+        if state != "PENDING":
+            client.backend.store_result(state, errors.get(state, 42), state)
+            assert 0 < project.backend.ttl(f"celery-task-meta-{state}") <= 24 * 60 * 60
+        asked = client.AsyncResult(state)
+        assert (asked.state, asked.ready()) == (state, state in ("SUCCESS", "FAILURE", "REVOKED"))
+
+
 # --- 02c -----------------------------------------------------------------------------------------------------
 
 
@@ -931,6 +1035,48 @@ def test_a_client_that_was_connected_hears_at_once_that_the_backend_is_gone(proj
             client.send_task("note")
     with pytest.raises(RedisConnectionError):  # and no RuntimeError, which comes after the retries
         asked.get(timeout=1)
+
+
+def test_of_a_task_that_ignores_its_result_started_is_not_stored_either(project):
+    stands("02c", "the worker writes nothing about this task to the backend, neither `STARTED` nor a result.")
+    notes(project, "task_track_started = True")
+    before, client = writes(project), project.client()
+    client.send_task("note", args=("ignored",), ignore_result=True)
+    client.send_task("note", args=("not ignored",)).get(timeout=20)
+    assert "noted: ignored" in project.log() and writes(project) - before == 2
+
+
+def test_the_longest_pause_of_a_patient_worker_can_be_set(monkeypatch):
+    stands("02c", "unless you set `result_backend_max_sleep_between_retries_ms`, as `patient` does")
+    patient = Celery(set_as_current=False)
+    patient.conf.result_backend_always_retry = True
+    patient.conf.result_backend_max_sleep_between_retries_ms = 1000
+    patient.conf.result_backend_transport_options = {"retry_policy": {"max_retries": 0}}
+    patient.backend_cls = AWAY.split()[1]
+    pauses: list[float] = []
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 20:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(patient.backend, "_sleep", sleep)
+    monkeypatch.setattr("celery.utils.time.random.randrange", lambda end: end - 1)  # the whole pause
+    with pytest.raises(KeyboardInterrupt):
+        patient.backend.store_result("an-id", 42, "SUCCESS")
+    assert pauses == sorted(pauses) and pauses[-1] == 1
+
+
+def test_a_client_tries_as_often_at_each_attempt_to_send_a_task(project, monkeypatch):
+    stands("02c", "A web site would be blocked at each attempt to send something.")
+    client, waits = project.client(), []
+    client.conf.result_backend_transport_options = {"retry_policy": {"max_retries": 3}}
+    client.backend_cls = AWAY.split()[1]
+    monkeypatch.setattr("kombu.utils.functional.sleep", waits.append)
+    for number in (1, 2, 3):
+        with pytest.raises(RuntimeError, match="Retry limit exceeded"):
+            client.send_task("note")
+        assert sum(waits) == number * 2  # seconds, after a first retry at once
 
 
 # --- 03 ------------------------------------------------------------------------------------------------------
@@ -1084,6 +1230,20 @@ def test_without_e_a_worker_reports_no_task_and_its_mailbox_is_called_pidbox(pro
     with caplog.at_level("DEBUG"):
         kombu.pidbox.Mailbox("claims").Node("w", handlers={"hello": lambda state: 1}).dispatch("hello")
     assert "pidbox received method hello" in caplog.text
+
+
+def test_with_e_a_worker_reports_each_step_of_a_task(project, tmp_path):
+    stands("03", "whether it reports each of its steps to monitoring programs. Without `-E` it doesn't")
+    write_tasks(tmp_path)
+    project.worker(f"celery -A tasks worker -E {QUIET}")
+    client, heard = project.client(), []
+    with client.connection_for_read() as connection:
+        receiver = client.events.Receiver(connection, handlers={"*": lambda event: heard.append(event["type"])})
+        steps = receiver.itercapture(limit=None, timeout=20)
+        next(steps)
+        client.send_task("nap", args=(0,))
+        until(lambda: next(steps, True) or "task-succeeded" in heard, "the last step")
+    assert [kind for kind in heard if kind.startswith("task-")] == ["task-received", "task-started", "task-succeeded"]
 
 
 # --- 03b -----------------------------------------------------------------------------------------------------
@@ -1287,6 +1447,18 @@ def test_a_program_that_cannot_reach_the_broker_gets_an_error_and_not_none():
     app.conf.broker_read_url = app.conf.broker_write_url = f"redis://localhost:{free_port()}/0"
     with pytest.raises(OperationalError):
         app.control.inspect(timeout=1).ping()
+
+
+def test_in_a_terminal_d_names_the_node_that_an_order_is_for(project, tmp_path):
+    stands("03b", "To prevent such accidents, always give nodes (`-d NODE` in a terminal).")
+    write_tasks(tmp_path)
+    for name in ("one", "two"):
+        project.worker(f"celery -A tasks worker {QUIET} -n {name}@%h")
+    one, two = (node_stats(project.client(), name)["pid"] for name in ("one", "two"))
+    with contextlib.suppress(WrongAnswer):  # nobody answers such an order, which the program takes for an error
+        project.run(f"celery -A tasks control --timeout 1 -d one@{socket.gethostname()} shutdown")
+    until(lambda: not psutil.pid_exists(one), "the end of the first worker")
+    assert node_stats(project.client(), "two")["pid"] == two
 
 
 # --- 03c -----------------------------------------------------------------------------------------------------
@@ -1527,6 +1699,54 @@ def test_a_worker_with_a_short_timeout_puts_back_the_messages_of_the_others(proj
     assert result.state == "STARTED"
 
 
+def test_a_look_puts_back_every_message_that_is_old_enough(project):
+    stands("03c", "put back every message that has been there for longer than the **visibility timeout**")
+    client, loop = project.client(), MagicMock()
+    client.conf.broker_transport_options = {"visibility_timeout": 0.1, **FAST}
+    for _ in range(15):
+        client.send_task("buy", queue="shelf", ignore_result=True)
+    with (
+        client.connection_for_read() as other,
+        client.connection_for_read() as connection,
+        connection.channel() as channel,
+        kombu.Consumer(channel, [Queue("celery")]),
+    ):
+        connection.transport.register_with_event_loop(connection.connection, loop)
+        timers = {call.args[1].__name__: call.args for call in loop.call_repeatedly.call_args_list}
+        queue = other.SimpleQueue("shelf")
+        for _ in range(15):
+            queue.get(timeout=10)
+        assert project.broker.hlen("unacked") == 15
+        time.sleep(0.2)  # longer than the visibility timeout
+        timers["maybe_restore_messages"][1]()
+        assert (project.broker.llen("shelf"), project.broker.hlen("unacked")) == (15, 0)
+
+
+def test_sigquit_itself_waits_for_the_soft_timeout(project, tmp_path):
+    stands("03c", "a cold stop waits for that many seconds before it ends the running tasks")
+    write_risk(tmp_path, worker_soft_shutdown_timeout=4)
+    project.worker(f"{RISKY} --pool=prefork --concurrency=1")
+    pid = node_stats(project.client(), "celery")["pid"]
+    result = project.client().send_task("early", args=(1,))
+    until(lambda: result.state == "STARTED", "the task to start")
+    os.kill(pid, signal.SIGQUIT)
+    until(lambda: not psutil.pid_exists(pid), "the end of the worker")
+    assert result.state == "SUCCESS"
+
+
+def test_a_task_that_waits_for_its_time_goes_back_at_a_warm_stop(project, tmp_path):
+    stands("03c", "running tasks are finished, and waiting ones go back")
+    write_risk(tmp_path)
+    project.worker(f"{RISKY} --pool=solo")
+    client = project.client()
+    client.send_task("early", args=(0,), countdown=600)
+    pid = node_stats(client, "celery")["pid"]
+    until(lambda: project.broker.hlen("unacked") == 1, "the worker to take it")
+    os.kill(pid, signal.SIGTERM)
+    until(lambda: not psutil.pid_exists(pid), "the end of the worker")
+    assert (project.broker.llen("celery"), project.broker.hlen("unacked")) == (1, 0)
+
+
 # --- 03d -----------------------------------------------------------------------------------------------------
 
 
@@ -1615,6 +1835,32 @@ def test_report_reads_the_file_and_inspect_conf_asks_the_worker(project, tmp_pat
     write_shop(tmp_path, 'app = Celery("shop")\napp.conf.task_time_limt = 4')
     assert '"task_time_limt": 3' in project.run("celery -A shop inspect conf")
     assert Celery(set_as_current=False).conf.task_time_limit is None
+
+
+def test_conf_tells_also_of_what_is_turned_off(project, tmp_path):
+    stands("03d", "The question `conf` asks a worker for all settings that differ from Celery's defaults.")
+    write_shop(tmp_path, 'app = Celery("shop")\napp.conf.update(task_publish_retry=False, result_expires=None)')
+    project.worker(f"celery -A shop worker {QUIET}")
+    [told] = until(lambda: project.client().control.inspect(timeout=5, limit=1).conf(), "an answer").values()
+    assert told["task_publish_retry"] is False and told["result_expires"] is None
+
+
+def test_celery_s_list_of_names_has_every_setting_that_has_a_default():
+    stands("03d", "Celery has a list of all names that it knows.")
+    app = Celery(set_as_current=False)
+    assert set(app.conf.table(with_defaults=True)) - {"deprecated_settings"} == SETTING_KEYS
+
+
+def test_a_package_without_tasks_does_not_keep_the_next_one_out(project, tmp_path):
+    stands("03d", "With no `store.tasks` in it, the worker starts without those tasks, and says nothing |")
+    for package, module in (("store", "video"), ("films", "tasks")):
+        tmp_path.joinpath(package).mkdir()
+        tmp_path.joinpath(package, f"{module}.py").write_text(
+            "from shop import app\n@app.task(name='count')\ndef count(): ..."
+        )
+    write_shop(tmp_path, 'app = Celery("shop")\napp.autodiscover_tasks(["store", "films"])')
+    project.worker(f"python -m celery -A shop worker {QUIET}")
+    assert re.findall(r"^  \. (\S+)$", project.log(), re.MULTILINE) == ["count", "shop.price"]
 
 
 # --- 04 ------------------------------------------------------------------------------------------------------
