@@ -2106,13 +2106,12 @@ class Pool:
         until(lambda: not self.client.control.ping([self.node], timeout=0.5), "the end of the first worker")
         self.start(f"--pool={self.pool} --autoscale=4,2")
         done = self.project.log().count(" succeeded in ")
-        for _ in range(6):
-            self.client.send_task("wait", args=(1,), ignore_result=True)
+        sent = [self.client.send_task("wait", args=(1,)) for _ in range(6)]
         crash = "Unrecoverable error: AttributeError"
         until(lambda: crash in (log := self.project.log()) or log.count(" succeeded in ") == done + 6, "all six tasks")
         if crash in self.project.log():
             return "it crashes"
-        return "yes" if "Scaling up" in self.project.log() else "no"
+        return "yes" if at_once([result.get(timeout=20) for result in sent]) > 2 else "no"
 
 
 def limits(pool: str) -> dict[str, str]:
