@@ -1037,6 +1037,7 @@ def test_which_variable_a_finds(tmp_path, monkeypatch):
 
 def test_solo_s_banner_has_the_number_of_processors_and_a_discarded_message_is_gone(project, tmp_path):
     stands("03", "the number of processors is Celery's default")
+    stands("05", "The banner says `concurrency: 2 (solo)`, or the number of processors of your machine.")
     stands("03", "*Discarded* means that the message is gone. No other worker will get it, even if one knows the task.")
     write_shop(tmp_path)
     project.worker(f"celery -A shop worker {QUIET}")
@@ -1926,13 +1927,6 @@ def test_how_many_tasks_wait_at_once_with_a_hundred_slots(project, pool, at_once
     until(lambda: begun.exists() and begun.stat().st_size >= at_once, "all slots are taken")
     go.touch()
     assert max(result.get(timeout=30) for result in results) == at_once
-
-
-def test_without_a_number_solo_s_banner_has_that_of_the_processors(project):
-    stands("05", "The banner says `concurrency: 2 (solo)`, or the number of processors of your machine.")
-    (project.folder / "pools.py").write_text(POOLS)
-    project.worker(POOLS_WORKER.format("solo"))
-    assert f"concurrency: {os.cpu_count()} (solo)" in project.log()
 
 
 def test_in_a_green_pool_tasks_overlap_while_they_wait_for_another_program(project):
