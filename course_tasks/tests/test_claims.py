@@ -1200,6 +1200,7 @@ def test_which_variable_a_finds(tmp_path, monkeypatch):
 
 def test_solo_s_banner_has_the_number_of_processors_and_a_discarded_message_is_gone(project, tmp_path):
     stands("03", "the number of processors is Celery's default")
+    stands("05", "The banner says `concurrency: 2 (solo)`, or the number of processors of your machine.")
     stands("03", "*Discarded* means that the message is gone. No other worker will get it, even if one knows the task.")
     write_shop(tmp_path)
     project.worker(f"celery -A shop worker {QUIET}")
@@ -2175,16 +2176,32 @@ def compute():
 def where():
     return [os.getpid(), threading.current_thread().name]
 """
+# One task waits for a program, which ends when the other task has run.
+PROGRAMS = """
+import subprocess
+from pathlib import Path
+from celery import Celery
+app = Celery("programs")
+@app.task(name="waits")
+def waits(path):
+    script = f"until test -e '{path}'; do sleep 0.05; done; echo gone on"
+    return subprocess.run(["sh", "-c", script], stdout=subprocess.PIPE, text=True, timeout=15).stdout.strip()
+@app.task(name="goes")
+def goes(path):
+    Path(path).touch()
+"""
 POOLS_WORKER = "python -m celery -A pools worker --without-mingle --without-gossip -n {0}@%h -Q {0} --pool={0}"
 
 
-@pytest.mark.parametrize("pool, at_once", [("threads", 100), ("gevent", 100), ("solo", 1)])
+@pytest.mark.parametrize("pool, at_once", [("threads", 100), ("gevent", 100), ("eventlet", 100), ("solo", 1)])
 def test_how_many_tasks_wait_at_once_with_a_hundred_slots(project, pool, at_once):
     stands("05", "Waiting tasks overlap on as many slots as there are, so 100 slots need about four seconds.")
     stands("05", "The gevent pool with 100 slots is just as good")
     stands("05", "this pool has one slot, whatever the banner and `--concurrency` say")
+    stands("05", "as many tasks waited at the same time as there were slots, whether a slot is")
     (project.folder / "pools.py").write_text(POOLS)
     project.worker(POOLS_WORKER.format(pool) + " --concurrency=100")
+    assert "concurrency: 100 (" in project.log()
     client = project.client()
     go = project.folder / "go"
     if pool == "solo":  # it can't answer while a task waits
@@ -2194,6 +2211,17 @@ def test_how_many_tasks_wait_at_once_with_a_hundred_slots(project, pool, at_once
     until(lambda: begun.exists() and begun.stat().st_size >= at_once, "all slots are taken")
     go.touch()
     assert max(result.get(timeout=30) for result in results) == at_once
+
+
+def test_in_a_green_pool_tasks_overlap_while_they_wait_for_another_program(project):
+    stands("05", "(in a green pool, if they wait through Python's own modules)")
+    stands("05b", "`time.sleep`, sockets and more are replaced by versions that give the turn to another greenlet")
+    (project.folder / "programs.py").write_text(PROGRAMS)
+    project.worker("celery -A programs worker --pool=gevent -c 2 --without-mingle --without-gossip")
+    client = project.client()
+    waits = client.send_task("waits", args=(str(project.folder / "go"),))
+    client.send_task("goes", args=(str(project.folder / "go"),)).get(timeout=20)
+    assert waits.get(timeout=20) == "gone on"
 
 
 def test_the_kinds_of_pool_and_who_has_children(project):
@@ -2356,13 +2384,12 @@ class Pool:
         until(lambda: not self.client.control.ping([self.node], timeout=0.5), "the end of the first worker")
         self.start(f"--pool={self.pool} --autoscale=4,2")
         done = self.project.log().count(" succeeded in ")
-        for _ in range(6):
-            self.client.send_task("wait", args=(1,), ignore_result=True)
+        sent = [self.client.send_task("wait", args=(1,)) for _ in range(6)]
         crash = "Unrecoverable error: AttributeError"
         until(lambda: crash in (log := self.project.log()) or log.count(" succeeded in ") == done + 6, "all six tasks")
         if crash in self.project.log():
             return "it crashes"
-        return "yes" if "Scaling up" in self.project.log() else "no"
+        return "yes" if at_once([result.get(timeout=20) for result in sent]) > 2 else "no"
 
 
 def limits(pool: str) -> dict[str, str]:
@@ -2731,6 +2758,31 @@ def test_a_multiplier_of_0_on_the_command_line_is_none_and_acks_late_is_no_optio
     assert node_stats(project.client(), "w")["prefetch_count"] == 6
     assert wrong["--acks-late"] == "`celery worker` has no such option."
     assert not any("ack" in option for parameter in worker_command.params for option in parameter.opts)
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_late_acknowledgement_and_multiplier_1_leave_no_room_for_another_message(project, pool):
+    stands("06b", "A running task is then still unacknowledged, so it counts, and there is no room for another")
+    stands("06b", "With prefork and threads, the recipe works")
+    (project.folder / "holds.py").write_text(HOLDS + "app.conf.task_acks_late = True\n")
+    project.worker(f"{HOLDS_WORKER} --pool={pool} -c 2 --prefetch-multiplier=1 -n w@%h")
+    client = project.client()
+    held = [client.send_task("hold") for _ in range(4)]
+    until(lambda: project.log().count("holding") == 2, "two tasks run")
+    # it takes what it may before it answers the second question
+    assert [node_stats(client, "w")["prefetch_count"] for _ in range(2)] == [2, 2]
+    assert (project.broker.llen("celery"), project.broker.hlen("unacked")) == (2, 2)
+    (project.folder / "go").touch()
+    assert [result.get(timeout=20) for result in held] == ["gone on"] * 4
+
+
+def test_one_worker_collects_all_delayed_tasks_however_many_there_are(project):
+    stands("06b", "one worker collects *all* delayed tasks that it meets, however many there are")
+    client = project.client()
+    for _ in range(300):
+        client.send_task("note", args=("later",), countdown=1800)
+    notes(project, more="--pool=threads -c 1 --prefetch-multiplier=1")
+    until(lambda: (project.broker.llen("celery"), project.broker.hlen("unacked")) == (0, 300), "all are taken", 20)
 
 
 def test_prefetching_is_disabled_with_redis_only(project):
