@@ -158,10 +158,8 @@ def _nightly(folder: str) -> str | None:
                 return f"if a worker dies, {module}.py brings its messages back after {timeout / DAY:g} days only."
             if not late:
                 return f"the task in {module}.py is acknowledged before it runs, so it is lost if its worker dies."
-        for name in settings:
-            project.worker(
-                f"celery -A {name} worker -Q {name} --pool=solo -n {name}@%h --without-mingle --without-gossip"
-            )
+        options = "--pool=solo --without-mingle --without-gossip"
+        project.worker(*(f"celery -A {name} worker -Q {name} -n {name}@%h {options}" for name in settings))
         client = project.client()
         for name, argument in (("report", 2026), ("mail", "Ada")):
             value = ended(client.send_task(name, args=(argument,), queue=f"{name}s"))

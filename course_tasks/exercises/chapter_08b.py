@@ -29,8 +29,11 @@ RUNS = [  # what comes after `python parked.py`, and whether the broker answers
 ]
 # Each command runs in a process of its own, but all of them share one start of Python and Celery.
 COMMANDS = f"""
-import json, os, runpy, signal, sys, tempfile
-import celery.app.amqp, kombu.transport.redis, redis
+import gc, json, os, runpy, signal, sys, tempfile
+import celery.app.amqp, celery.app.events, celery.backends.redis, celery.fixups.django, celery.worker
+import kombu.transport.redis, redis
+
+gc.freeze()  # what is here to stay is not looked at again in each process
 
 broker, backend = (redis.Redis.from_url(os.environ[n]) for n in ("CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"))
 found = []

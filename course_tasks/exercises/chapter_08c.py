@@ -211,8 +211,10 @@ def _loans_of(file: Path) -> dict[str, int]:
 
 
 # Runs the task as often as it is sent, each time in a new process. Some of these die before a statement or a request.
+# What a process would import at its first task is imported once, before them all.
 MESSAGES = """
 import json, os, signal, sqlite3, tempfile
+import celery.app.amqp, celery.app.trace, celery.backends.redis, kombu.transport.redis
 from celery.app.utils import find_app
 from redis.connection import AbstractConnection
 

@@ -85,30 +85,33 @@ class Project:
     def __exit__(self, *error):
         return self._stack.__exit__(*error)
 
-    def worker(self, command: str, seconds: float = 20) -> int:
+    def worker(self, *commands: str, seconds: float = 20) -> int:
         """Start a worker of the project, or a script that starts several, and wait until each says that it is ready.
 
         Args:
-            command: what to type in the project's folder, such as "celery -A shop worker --pool=solo". The log level
-                is added, because only with INFO a worker says that it is ready.
-            seconds: how long it may take to get ready.
+            commands: what to type in the project's folder, such as "celery -A shop worker --pool=solo". If these are
+                several, they start at once. The log level is added, because only with INFO a worker says that it is
+                ready.
+            seconds: how long they may take to get ready.
 
         Returns:
-            How many workers the command has running.
+            How many workers the commands have running.
 
         Raises:
-            WrongAnswer: it ended, or did not get ready in time.
+            WrongAnswer: one of them ended, or did not get ready in time.
         """
-        process, log = self._start(f"{command} --loglevel=INFO")
-        self._logs.append(log)
-        deadline = time.monotonic() + seconds
-        while not (ready := (text := _text(log)).count(" ready.\n")) or ready < (running := _workers(process)):
-            if process.poll() is not None:
-                raise WrongAnswer(f"`{command}` ended before it was ready: {_end(text)}")
-            if time.monotonic() > deadline:
-                raise WrongAnswer(f"`{command}` was not ready after {seconds:g} s: {_end(text)}")
-            time.sleep(0.02)
-        return running
+        started = [(command, *self._start(f"{command} --loglevel=INFO")) for command in commands]
+        self._logs += [log for _, _, log in started]
+        deadline, total = time.monotonic() + seconds, 0
+        for command, process, log in started:
+            while not (ready := (text := _text(log)).count(" ready.\n")) or ready < (running := _workers(process)):
+                if process.poll() is not None:
+                    raise WrongAnswer(f"`{command}` ended before it was ready: {_end(text)}")
+                if time.monotonic() > deadline:
+                    raise WrongAnswer(f"`{command}` was not ready after {seconds:g} s: {_end(text)}")
+                time.sleep(0.02)
+            total += running
+        return total
 
     def run(self, command: str, seconds: float = 20, name: str = "") -> str:
         """Run a command to its end.

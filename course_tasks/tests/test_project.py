@@ -61,6 +61,18 @@ def test_each_worker_that_a_script_starts_is_waited_for_and_counted_and_can_be_a
         assert sorted(queue["name"] for queues in told for queue in queues) == ["one", "two"]
 
 
+def test_several_workers_are_started_at_once_and_the_one_that_ends_is_named(folder):
+    wait = 'import os, sys, time\nwhile not os.path.exists("begun"): time.sleep(0.02)\n'
+    (folder / "wait.py").write_text(wait + f"os.execvp('celery', {WORKER.split()} + sys.argv[1:])")
+    (folder / "late.py").write_text("from pathlib import Path\nfrom shop import app\nPath('begun').touch()")
+    second = WORKER.replace("shop", "late") + " -n two"
+    with Project(str(folder)) as project:
+        assert project.worker("python wait.py -n one", second) == 2
+        assert project.log().count(" ready.\n") == 2
+        with pytest.raises(WrongAnswer, match="`celery -A nosuch worker` ended before it was ready"):
+            project.worker(f"{WORKER} -n three", "celery -A nosuch worker")
+
+
 @pytest.mark.parametrize(
     "file, text, reason",
     [
