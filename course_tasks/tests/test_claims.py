@@ -590,8 +590,22 @@ def test_what_the_table_says_of_the_three_brokers():
     assert '.get("supports_fanout", False)' in sqs and Channel.supports_fanout
 
 
+@pytest.mark.parametrize("pool, copies", [("solo", 1), ("threads", 0), ("prefork", 0)])
+def test_the_copy_of_a_running_task_is_kept_with_solo_only(project, pool, copies):
+    stands("01", "just before the task starts (with the pool `solo`, when the task has ended)")
+    stands("03c", "just before it starts the task (except with `solo`)")
+    (project.folder / "holds.py").write_text(HOLDS)
+    project.worker(f"{HOLDS_WORKER} --pool={pool} -c 1")
+    result = project.client().send_task("hold")
+    logged(project, "holding")
+    until(lambda: project.broker.hlen("unacked") == copies, "the copy to be as it should")
+    (project.folder / "go").touch()
+    result.get(timeout=20)
+    until(lambda: not project.broker.exists("unacked"), "the acknowledgement")
+
+
 def test_with_redis_a_message_that_is_put_back_goes_to_the_front(project):
-    stands("01b", "first in, first out; messages that are put back go to the front")
+    stands("01b", "first in, first out; messages that a stopped or dead worker had taken go to the front")
     client = project.client()
     for number in range(3):
         client.send_task("buy", args=(number,), queue="shelf", ignore_result=True)
@@ -602,7 +616,7 @@ def test_with_redis_a_message_that_is_put_back_goes_to_the_front(project):
 
 
 def test_a_message_that_is_put_back_after_the_visibility_timeout_goes_to_the_front(project):
-    stands("01b", "first in, first out; messages that are put back go to the front")
+    stands("01b", "first in, first out; messages that a stopped or dead worker had taken go to the front")
     client = project.client()
     client.conf.broker_transport_options = {"visibility_timeout": 0.1}
     for number in range(3):
@@ -1839,7 +1853,7 @@ def test_report_reads_the_file_and_inspect_conf_asks_the_worker(project, tmp_pat
 
 
 def test_conf_tells_also_of_what_is_turned_off(project, tmp_path):
-    stands("03d", "The question `conf` asks a worker for all settings that differ from Celery's defaults.")
+    stands("03d", "The question `conf` asks a worker for all settings that its app or the worker itself has set.")
     write_shop(tmp_path, 'app = Celery("shop")\napp.conf.update(task_publish_retry=False, result_expires=None)')
     project.worker(f"celery -A shop worker {QUIET}")
     [told] = until(lambda: project.client().control.inspect(timeout=5, limit=1).conf(), "an answer").values()
