@@ -646,12 +646,18 @@ def test_a_strict_app_s_worker_does_not_start_with_a_queue_that_is_not_listed(pr
     assert project.broker.keys("_kombu.binding.lettres") == []
 
 
+def test_redis_is_in_protected_mode_by_default(project):
+    stands("01b", "(So does `protected-mode`, which is on by default")
+    assert project.broker.config_get("protected-mode") == {"protected-mode": "yes"}
+
+
 # --- 02 ------------------------------------------------------------------------------------------------------
 
 
-def test_results_travel_as_json_by_default():
-    stands("02", "By default, results travel as JSON, and JSON has no tuples.")
-    assert Celery(set_as_current=False).conf.result_serializer == "json"
+def test_arguments_and_results_travel_as_json_by_default():
+    stands("02", "By default, arguments and results travel as JSON, and JSON has no tuples.")
+    defaults = Celery(set_as_current=False).conf
+    assert defaults.task_serializer == defaults.result_serializer == "json"
 
 
 @pytest.mark.parametrize("backend", ["file://{}", "db+sqlite:///{}/results"])
