@@ -317,6 +317,32 @@ def test_argsrepr_has_short_arguments_as_they_are_and_shortens_long_ones(project
         assert (password in text) is (password == "s3cret") and text.startswith("('ada', 's3cret")
 
 
+@pytest.mark.parametrize(
+    "part, field, said",
+    [
+        ("", "body", "TypeError: "),
+        ("", "content-type", "ValueError: "),
+        ("headers", "task", "Received and deleted unknown message"),
+        ("headers", "id", "KeyError('id')"),
+        ("properties", "delivery_tag", "KeyError('delivery_tag')"),
+        ("properties", "delivery_info", "KeyError('exchange')"),
+    ],
+)
+def test_a_message_by_hand_needs_all_its_six_fields(project, part, field, said):
+    stands("01", "but none of these six fields may be missing", "so six fields were enough for it")
+    message = {
+        "body": "[[84], {}, {}]",
+        "content-type": "application/json",
+        "headers": {"task": "note", "id": "by-hand"},
+        "properties": {"delivery_tag": "one", "delivery_info": {"exchange": "", "routing_key": "celery"}},
+    }
+    del (message[part] if part else message)[field]
+    notes(project, more="--pool=threads -c 1")
+    project.broker.lpush("celery", json.dumps(message))
+    logged(project, said)
+    assert "noted: " not in project.log()
+
+
 def test_a_worker_that_runs_two_tasks_takes_five_messages_and_three_have_a_copy(project):
     stands("01", "**b.** The worker has taken all five messages.")
     stands("01", "the three tasks that still wait inside the worker have a copy, and the two running tasks don't.")
@@ -1341,7 +1367,7 @@ def test_twins_make_celery_warn(project, tmp_path):
 
 
 def test_at_warning_a_worker_writes_only_about_tasks_that_fail(project, tmp_path):
-    stands("03b", "It would have written only if a task had failed.")
+    stands("03b", "Celery would have written a line there only if a task had failed.")
     write_tasks(tmp_path)
     for name, args in (("nap", (0,)), ("fail", ()), ("bye", ())):
         project.client().send_task(name, args=args)
