@@ -822,8 +822,8 @@ def test_get_passes_on_what_it_hears_meanwhile_about_another_task(project):
     assert (add.id, "SUCCESS") in heard and (add_long.id, "SUCCESS") in heard
 
 
-def test_a_task_that_no_worker_knows_fails_without_being_started(project):
-    stands("02b", "└──> FAILURE (no worker knows the task's name)")
+def test_a_task_that_the_worker_does_not_know_fails_without_being_started(project):
+    stands("02b", "└──> FAILURE (the worker doesn't know the task's name)")
     notes(project, "task_track_started = True")
     before, asked = writes(project), project.client().send_task("unknown")
     with pytest.raises(NotRegistered):
