@@ -178,7 +178,7 @@ QUIZ = {
     "09b-3": Question(
         right="b",
         wrong={
-            "a": "that is what a client gets that waits for the first task.",
+            "a": "that is for the program that sent the chain, because its result object knows the first task.",
             "c": "a task without a result doesn't return None. `get` waits.",
             "d": "the first task never ran, so it has raised nothing.",
         },

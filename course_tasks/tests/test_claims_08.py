@@ -140,7 +140,7 @@ def test_the_defaults_of_delivery():
 
 @pytest.mark.parametrize("name", ["again", "late again"])
 def test_retry_on_worker_lost_works_for_early_tasks_too_and_counts(project, name):
-    stands("08", "It also works for tasks that are acknowledged early.", "and it counts the attempts")
+    stands("08", "It also works for tasks that are acknowledged early.", "and counts the attempts")
     client = start(project)
     result = client.send_task(name, args=(None,))
     for attempt in (1, 2, 3):
@@ -161,7 +161,9 @@ def test_the_message_of_a_dead_child_is_acknowledged(project):
 
 
 def test_retry_on_worker_lost_waits_before_it_tries_again(project):
-    stands("08", "`retry_on_worker_lost` sends a new message after `default_retry_delay` (three minutes by default)")
+    stands(
+        "08", "`retry_on_worker_lost` sends a new message, due after `default_retry_delay` (three minutes by default)"
+    )
     client = start(project)
     result = killed(project, client, "someday")
     until(lambda: result.state == "RETRY", "the worker has seen it")

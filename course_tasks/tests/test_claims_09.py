@@ -8,6 +8,7 @@ import psutil
 import pytest
 from celery import Celery, chain, chord, group
 from celery.exceptions import ChordError, TaskRevokedError
+from celery.exceptions import TimeoutError as ResultTimeout
 from celery.result import GroupResult
 
 from course_tasks.tests.plugin import logged, node_stats, stands, until
@@ -460,6 +461,11 @@ def test_nobody_stores_anything_behind_a_revoked_head(parts):
     logged(parts, f"Discarding revoked task: ok[{last.parent.parent.id}]")
     call(client, "ok").delay().get(timeout=20)
     assert last.parent.state == last.state == "PENDING"
+    stands("09b", "A client that knows only the last task's id would wait for ever.", "raises `TaskRevokedError`.)")
+    with pytest.raises(TaskRevokedError):
+        last.get(timeout=5)
+    with pytest.raises(ResultTimeout):
+        client.AsyncResult(last.id).get(timeout=1)
 
 
 def test_two_tasks_of_a_frozen_signature_have_one_result(parts):
