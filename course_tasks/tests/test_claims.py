@@ -958,6 +958,26 @@ def test_a_task_is_over_in_three_states_and_not_in_one_of_its_own(project):
 # --- 02c -----------------------------------------------------------------------------------------------------
 
 
+def patient_pauses(monkeypatch, **settings) -> list[float]:
+    """The first twenty pauses, in seconds, of a worker with `always_retry` whose backend is away."""
+    patient = Celery(set_as_current=False)
+    patient.conf.update(settings, result_backend_always_retry=True)
+    patient.conf.result_backend_transport_options = {"retry_policy": {"max_retries": 0}}
+    patient.backend_cls = "redis://localhost:1/0"
+    pauses: list[float] = []
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 20:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(patient.backend, "_sleep", sleep)
+    monkeypatch.setattr("celery.utils.time.random.randrange", lambda end: end - 1)  # the whole pause
+    with pytest.raises(KeyboardInterrupt):
+        patient.backend.store_result("an-id", 42, "SUCCESS")
+    return pauses
+
+
 def test_the_retry_policies_of_clients_and_of_patient_workers(monkeypatch):
     stands(
         "02c",
@@ -973,21 +993,7 @@ def test_the_retry_policies_of_clients_and_of_patient_workers(monkeypatch):
     assert app.backend.retry_policy == policy | {"max_retries": 5}
     assert plain.conf.result_backend_max_retries == float("inf")
     assert not plain.conf.result_backend_always_retry and not plain.conf.task_track_started
-    patient = Celery(set_as_current=False)
-    patient.conf.result_backend_always_retry = True
-    patient.conf.result_backend_transport_options = {"retry_policy": {"max_retries": 0}}
-    patient.backend_cls = plain.backend_cls
-    pauses: list[float] = []
-
-    def sleep(seconds):
-        pauses.append(seconds)
-        if len(pauses) == 20:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(patient.backend, "_sleep", sleep)
-    monkeypatch.setattr("celery.utils.time.random.randrange", lambda end: end - 1)  # the whole pause
-    with pytest.raises(KeyboardInterrupt):
-        patient.backend.store_result("an-id", 42, "SUCCESS")
+    pauses = patient_pauses(monkeypatch)
     assert pauses == sorted(pauses) and (pauses[0], pauses[-1]) == (0.02, 10)
 
 
@@ -1096,22 +1102,7 @@ def test_of_a_task_that_ignores_its_result_started_is_not_stored_either(project)
 
 def test_the_longest_pause_of_a_patient_worker_can_be_set(monkeypatch):
     stands("02c", "unless you set `result_backend_max_sleep_between_retries_ms`, as `patient` does")
-    patient = Celery(set_as_current=False)
-    patient.conf.result_backend_always_retry = True
-    patient.conf.result_backend_max_sleep_between_retries_ms = 1000
-    patient.conf.result_backend_transport_options = {"retry_policy": {"max_retries": 0}}
-    patient.backend_cls = AWAY.split()[1]
-    pauses: list[float] = []
-
-    def sleep(seconds):
-        pauses.append(seconds)
-        if len(pauses) == 20:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(patient.backend, "_sleep", sleep)
-    monkeypatch.setattr("celery.utils.time.random.randrange", lambda end: end - 1)  # the whole pause
-    with pytest.raises(KeyboardInterrupt):
-        patient.backend.store_result("an-id", 42, "SUCCESS")
+    pauses = patient_pauses(monkeypatch, result_backend_max_sleep_between_retries_ms=1000)
     assert pauses == sorted(pauses) and pauses[-1] == 1
 
 
