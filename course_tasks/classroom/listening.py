@@ -14,7 +14,7 @@ from course_tasks.classroom.errors import ClassroomError
 
 WAIT = 5.0  # seconds that the end of the block waits for the last event
 ANSWER = 1.5  # seconds in which workers have to answer; one that is busy in the solo pool can't
-LISTEN = 5.0  # seconds in which our own listening has to work
+CONNECT, LISTEN = 5.0, 20.0  # seconds in which the broker has to answer, and in which our own listening has to work
 LEAVE = 1.0  # seconds in which it has to end; it looks ten times a second whether it should
 RETRY = re.compile(r"^Retry\(Retry\(\.\.\.\), (.*), [^,]*\)$")  # an event's text around a task's own error
 FINAL = {"succeeded", "failed", "revoked", "rejected"}
@@ -178,5 +178,5 @@ class Listener:
         with self._client.connection_for_read() as connection:
             if connection.transport.driver_type != "redis":
                 raise ClassroomError(f"{self._name} needs a Redis or Valkey broker. This is {connection.as_uri()}.")
-            connection.ensure_connection(max_retries=1, interval_start=0.2, timeout=LISTEN)
+            connection.ensure_connection(max_retries=1, interval_start=0.2, timeout=CONNECT)
             yield connection.default_channel
