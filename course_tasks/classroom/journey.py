@@ -76,11 +76,18 @@ class Journey(Listener):
     def _ended(self) -> bool:
         return any(event["type"][5:] in FINAL and not event.get("requeue") for event in self._about())
 
+    def _retries_told(self) -> bool:
+        kinds = [event["type"] for event in self._about()]
+        last = max((event.get("retries") or 0 for event in self._about()), default=0)
+        return kinds.count("task-retried") >= last
+
     def _finish(self) -> None:
         """Wait for the last event, and put together what is known."""
         with self._changed:
             if self._workers or self._about():
                 self._changed.wait_for(lambda: self._over.is_set() or self._ended(), self._wait)
+                # a busy worker may tell of a retry after the end only, or never, if it died
+                self._changed.wait_for(lambda: self._over.is_set() or not self._ended() or self._retries_told(), 2)
             events = self._about()
             ended = self._ended()
         [sent] = self._sent

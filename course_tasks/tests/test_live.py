@@ -280,6 +280,21 @@ def test_a_retried_task_shows_each_attempt_in_order(workers, client):
     assert (len(bars(journey, "wait")), len(bars(journey, "bad"))) == (6, 2)
 
 
+def test_an_attempt_that_is_told_of_after_the_end_is_shown_all_the_same(client):
+    """A busy machine's main process may tell of a retry only when the next attempt has already succeeded."""
+    with client.events.default_dispatcher() as worker:
+        with Journey(client) as journey:
+            task = client.send_task("nobody's", queue="nobody").id
+            for kind, retries in (("received", 0), ("started", 0), ("received", 1), ("started", 1), ("succeeded", 1)):
+                worker.send(f"task-{kind}", uuid=task, retries=retries)
+            late = threading.Timer(0.3, worker.send, ["task-retried"], {"uuid": task, "exception": "OSError()"})
+            late.start()
+        late.join()
+    with client.connection_for_write() as connection:
+        connection.default_channel.queue_purge("nobody")
+    assert words(journey) == "sent received started retried received started succeeded"
+
+
 def test_no_result_no_place_in_the_backend(workers, client):
     journey = gone(client, "notify", "hello", get=False)
     assert words(journey) == "sent received started succeeded"
