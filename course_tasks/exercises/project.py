@@ -1,7 +1,6 @@
 """Runs a small project that a learner has mended: on servers of its own, as they would run it in a terminal."""
 
 import contextlib
-import gc
 import json
 import os
 import re
@@ -84,7 +83,6 @@ class Project:
         return self
 
     def __exit__(self, *error):
-        gc.collect()  # a result that goes later would ask a server that has ended, again and again
         return self._stack.__exit__(*error)
 
     def worker(self, *commands: str, seconds: float = 20) -> int:
