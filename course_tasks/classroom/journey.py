@@ -77,9 +77,9 @@ class Journey(Listener):
         return any(event["type"][5:] in FINAL and not event.get("requeue") for event in self._about())
 
     def _retries_told(self) -> bool:
-        kinds = [event["type"] for event in self._about()]
-        last = max((event.get("retries") or 0 for event in self._about()), default=0)
-        return kinds.count("task-retried") >= last
+        events = self._about()
+        told = sum(event["type"] == "task-retried" for event in events)
+        return told >= max((event.get("retries") or 0 for event in events), default=0)
 
     def _finish(self) -> None:
         """Wait for the last event, and put together what is known."""

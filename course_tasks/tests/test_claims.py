@@ -1581,6 +1581,14 @@ def test_the_lock_of_a_worker_that_was_killed_while_it_put_messages_back(project
             assert not project.broker.exists("unacked_index")
 
 
+def regular_look(connection) -> tuple[float, Callable[[], None]]:
+    """After how many seconds a worker's event loop looks through `unacked` again, and the function that it calls."""
+    loop = MagicMock()
+    connection.transport.register_with_event_loop(connection.connection, loop)
+    timers = {call.args[1].__name__: call.args for call in loop.call_repeatedly.call_args_list}
+    return timers["maybe_restore_messages"]
+
+
 def test_workers_look_through_unacked_every_hundred_seconds(project):
     """A worker looks at its start. Later its event loop asks every ten seconds, and every tenth time it looks."""
     stands("03c", "By default they look only every 100 seconds.")
@@ -1588,15 +1596,13 @@ def test_workers_look_through_unacked_every_hundred_seconds(project):
     def looks() -> int:
         return project.broker.info("commandstats")["cmdstat_zrange"]["calls"]
 
-    loop, seen = MagicMock(), []
+    seen = []
     with (
         project.client().connection_for_read() as connection,
         connection.channel() as channel,
         kombu.Consumer(channel, [Queue("celery")]),
     ):
-        connection.transport.register_with_event_loop(connection.connection, loop)
-        timers = {call.args[1].__name__: call.args for call in loop.call_repeatedly.call_args_list}
-        seconds, look = timers["maybe_restore_messages"]
+        seconds, look = regular_look(connection)
         for _ in range(20):
             look()
             seen.append(looks())
@@ -1744,7 +1750,7 @@ def test_a_worker_with_a_short_timeout_puts_back_the_messages_of_the_others(proj
 
 def test_a_look_puts_back_every_message_that_is_old_enough(project):
     stands("03c", "put back every message that has been there for longer than the **visibility timeout**")
-    client, loop = project.client(), MagicMock()
+    client = project.client()
     client.conf.broker_transport_options = {"visibility_timeout": 0.1, **FAST}
     for _ in range(15):
         client.send_task("buy", queue="shelf", ignore_result=True)
@@ -1754,14 +1760,13 @@ def test_a_look_puts_back_every_message_that_is_old_enough(project):
         connection.channel() as channel,
         kombu.Consumer(channel, [Queue("celery")]),
     ):
-        connection.transport.register_with_event_loop(connection.connection, loop)
-        timers = {call.args[1].__name__: call.args for call in loop.call_repeatedly.call_args_list}
+        _, look = regular_look(connection)
         queue = other.SimpleQueue("shelf")
         for _ in range(15):
             queue.get(timeout=10)
         assert project.broker.hlen("unacked") == 15
         time.sleep(0.2)  # longer than the visibility timeout
-        timers["maybe_restore_messages"][1]()
+        look()
         assert (project.broker.llen("shelf"), project.broker.hlen("unacked")) == (15, 0)
 
 
