@@ -65,7 +65,7 @@ def _prices_work(folder: str) -> str | None:
         said = project.run("python shop.py")
         if not re.search(r"\b75\b", said):
             return f"shop.py printed {said.strip()!r}, and 3 pieces for 25 each cost 75."
-        if "computing the price" not in project.log():
+        if "computing the price" not in project.settled_log():
             return "shop.py prints the right number, but no task has computed it. The worker should do that."
         if 75 not in project.results():
             return (

@@ -165,9 +165,10 @@ def _nightly(folder: str) -> str | None:
             value = ended(client.send_task(name, args=(argument,), queue=f"{name}s"))
             if isinstance(value, Exception):
                 return f"the task {name} ended with {value!r}."
-        if (written := project.log().count("writing the report of 2026")) != 1:
+        log = project.settled_log()
+        if (written := log.count("writing the report of 2026")) != 1:
             return f"the report was written {written} times."
-        if "mail to Ada" not in project.log():
+        if "mail to Ada" not in log:
             return "the task mail ended, but its worker's log doesn't have the line `mail to Ada`."
     return None
 

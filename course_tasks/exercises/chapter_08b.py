@@ -251,7 +251,7 @@ def _mail(folder: str) -> str | None:
         client = project.client()
         results = {name: client.send_task("mail", args=(name,)) for name in ("ada@shop", "ben@shop", "eve")}
         values = {name: ended(result) for name, result in results.items()}
-        log = project.log()
+        log = project.settled_log()
         for name in ("ada@shop", "ben@shop"):
             if isinstance(values[name], Exception):
                 return f"the mail to {name} ended with {values[name]!r}."

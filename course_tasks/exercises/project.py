@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from celery import Celery
+from celery import Celery, states
 from celery.exceptions import TimeoutError
 from celery.result import AsyncResult
 from redis import Redis
@@ -161,10 +161,25 @@ class Project:
         """What all of the project's workers have written so far."""
         return "".join(map(_text, self._logs))
 
+    def settled_log(self, seconds: float = 5) -> str:
+        """The log, once it tells the end of every task that has ended. A worker's lines arrive after its results.
+
+        Args:
+            seconds: how long to wait at most, as for a worker that doesn't log the ends of its tasks.
+
+        Returns:
+            What `log` returns.
+        """
+        ids = [record["task_id"] for record in self._records() if record.get("status") in states.READY_STATES]
+        ends = [re.compile(rf"\[{re.escape(id)}\]\s(?!received|retry)") for id in ids]
+        deadline = time.monotonic() + seconds
+        while not all(end.search(self.log()) for end in ends) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return self.log()
+
     def results(self) -> list[Any]:
         """What the backend has stored as results of tasks, in any order; None for a task that failed or has no end."""
-        records = [json.loads(self.backend.get(key) or "{}") for key in self.backend.keys("celery-task-meta-*")]
-        return [record["result"] if record.get("status") == "SUCCESS" else None for record in records]
+        return [record["result"] if record.get("status") == "SUCCESS" else None for record in self._records()]
 
     def client(self) -> Celery:
         """An app on the project's servers that has none of the project's code."""
@@ -173,7 +188,11 @@ class Project:
         app.conf.broker_read_url = app.conf.broker_write_url = self.environment["CELERY_BROKER_URL"]
         app.backend_cls = self.environment["CELERY_RESULT_BACKEND"]
         self._stack.callback(app.close)
+        self._stack.callback(_unsubscribe, app)
         return app
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [json.loads(self.backend.get(key) or "{}") for key in self.backend.keys("celery-task-meta-*")]
 
     def _start(self, command: str) -> tuple[subprocess.Popen, Path]:
         """Start a command in the project's folder. It ends with the `with` block, or with this process."""
@@ -228,6 +247,12 @@ def answers(client: Celery, question: str, number: int, seconds: float = 10) -> 
             told = client.control.broadcast(question, reply=True, timeout=1, limit=number, connection=connection) or []
             found = max(found, [answer for each in told for answer in each.values()], key=len)
     return found
+
+
+def _unsubscribe(app: Celery) -> None:
+    """Let results outlive their backend: at its end, each of them would try for seconds to unsubscribe there."""
+    if consumer := getattr(app.backend, "result_consumer", None):
+        consumer.subscribed_to.clear()
 
 
 def _workers(process: subprocess.Popen) -> int:

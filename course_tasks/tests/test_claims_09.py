@@ -125,7 +125,8 @@ def test_what_a_client_sends_of_a_canvas_and_which_parents_its_result_has(till):
         "For this canvas, the client has sent only one message.",
         "The message for `price` contains everything that comes after it, the group and the body as well.",
         "Celery 5.7 makes the header the parent of the *last* result.",
-        "write the same canvas as `chain(header, total.s(), tax.s(20))`. Its tree is complete.",
+        "write the same canvas as `chain(chord(header, total.s()), tax.s(20))`. Its tree is complete.",
+        "(`chain(header, total.s(), tax.s(20))` doesn't help, because Celery makes the same chord of it as before.",
     )
     client = till.client()
     pair = group(call(client, "twice"), call(client, "twice"))
@@ -143,7 +144,13 @@ def test_what_a_client_sends_of_a_canvas_and_which_parents_its_result_has(till):
     till.broker.delete("celery")
     header = group(call(client, "price", "milk"), call(client, "price", "bread"))
     assert ways(header | total | twice) == ways(chord(header, total | twice)) == ["task", "group"]
-    assert ways(chain(header, total, twice, app=client)) == ["task", "task", "group"]
+    assert ways(chain(header, total, twice)) == ["task", "group"]
+    for calls in (1, 2):
+        header = group([call(client, "price", "milk")] * calls)
+        assert ways(chain(chord(header, total), twice)) == ["task", "task", "group"]
+    till.broker.delete("celery")
+    till.worker(WORKER)
+    assert chain(chord(header, total), twice).delay().get(timeout=20) == 2 * (4 + 4)
 
 
 def test_a_chord_stores_each_result_twice_keeps_the_order_and_counts_a_repeated_task_once(till):
@@ -246,7 +253,7 @@ def test_a_chain_makes_no_chord_of_a_header_with_one_call_but_chord_does(till):
     client = till.client()
     till.worker(WORKER)
     header, order = group(call(client, "price", "milk")), call(client, "order")
-    assert chain(header, order, call(client, "twice"), app=client).delay().get(timeout=20) == 8
+    assert chain(header, order, call(client, "twice")).delay().get(timeout=20) == 8
     assert chord(header, order, app=client).delay().get(timeout=20) == [4]
 
 

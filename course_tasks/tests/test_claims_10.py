@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 from zoneinfo import ZoneInfo
 
 import pytest
 from celery import Celery
 from celery.schedules import crontab, schedule
+from redbeat import schedulers
 
 from course_tasks.exercises import WrongAnswer
 from course_tasks.tests.plugin import logged, node_stats, stands, until
@@ -188,6 +191,26 @@ def test_a_standby_is_silent_until_the_leader_s_lock_is_gone(project):
     finally:
         for each in beats:
             ended(each)
+
+
+def test_without_redbeat_s_settings_the_pause_may_take_half_an_hour(monkeypatch):
+    stands(
+        "10",
+        "Without our two settings, the lock lives for 25 minutes, and the other beat looks every five minutes.",
+        "So the pause may take up to 30 minutes.",
+    )
+    server = MagicMock()
+    monkeypatch.setattr(schedulers, "get_redis", lambda app: server)
+    for settings, expected in (
+        ({}, (25 * 60, 5 * 60)),
+        ({"redbeat_lock_timeout": 5, "beat_max_loop_interval": 1}, (5, 1)),
+    ):
+        app = Celery(set_as_current=False)
+        app.conf.update(settings, redbeat_redis_url="redis://localhost:1/0")
+        scheduler = schedulers.RedBeatScheduler(app, lazy=True)
+        schedulers.acquire_distributed_beat_lock(SimpleNamespace(scheduler=scheduler))
+        options = server.lock.call_args.kwargs  # redis-py's lock looks again after `sleep` seconds
+        assert (options["timeout"], options["sleep"]) == expected
 
 
 LATER = """

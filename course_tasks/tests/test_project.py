@@ -1,8 +1,10 @@
 """The exercises in which a learner mends a broken project: how the judge runs it, and that nothing is left."""
 
+import gc
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
@@ -10,7 +12,7 @@ import pytest
 
 from course_tasks.exercises import WrongAnswer
 from course_tasks.exercises.project import Project, answers
-from course_tasks.tests.plugin import processes, until
+from course_tasks.tests.plugin import listens, processes, until
 
 APP = """
 from celery import Celery
@@ -49,6 +51,20 @@ def test_a_project_runs_as_in_a_terminal_on_servers_of_its_own_and_leaves_nothin
     assert not Path(home).exists()
 
 
+def test_a_result_that_outlives_its_project_does_not_look_for_its_servers(folder, monkeypatch):
+    raised: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", raised.append)
+    with Project(str(folder)) as project:
+        client = project.client()
+        results = [client.send_task("price", args=(n,)) for n in range(3)]
+        assert client.backend.result_consumer.subscribed_to
+    port = client.backend.connparams["port"]
+    until(lambda: not listens(port), "the end of the backend")
+    results.clear()  # nobody has asked for their values
+    gc.collect()
+    assert not raised
+
+
 def test_each_worker_that_a_script_starts_is_waited_for_and_counted_and_can_be_asked(folder):
     names = ("one", "two", "three --pool=nosuch")  # the last one ends at once
     commands = [f"{WORKER} --loglevel=INFO -Q {name.split()[0]} -n {name}" for name in names]
@@ -71,6 +87,19 @@ def test_several_workers_are_started_at_once_and_the_one_that_ends_is_named(fold
         assert project.log().count(" ready.\n") == 2
         with pytest.raises(WrongAnswer, match="`celery -A nosuch worker` ended before it was ready"):
             project.worker(f"{WORKER} -n three", "celery -A nosuch worker")
+
+
+def test_a_settled_log_has_the_end_of_each_task_that_has_ended_also_if_its_lines_are_late(folder):
+    with Project(str(folder)) as project:
+        project.worker(WORKER)
+        [copier] = [
+            each for each in psutil.Process().children(recursive=True) if "supervisor.py" in str(each.cmdline())
+        ]
+        copier.suspend()  # it passes on what a worker writes
+        assert project.client().send_task("price", args=(2,)).get(timeout=20) == 6
+        assert project.settled_log(seconds=0.5).count(" succeeded in ") == 0, "it waits no longer than it is told"
+        threading.Timer(0.5, copier.resume).start()
+        assert project.settled_log(seconds=60).count(" succeeded in ") == 1
 
 
 @pytest.mark.parametrize(
