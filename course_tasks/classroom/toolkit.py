@@ -12,6 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
+from celery import Celery
 from celery.exceptions import TimeoutError as ResultTimeout
 from executing import Source
 from IPython import get_ipython
@@ -24,7 +25,6 @@ from course_tasks.correlation import correlation_id
 from course_tasks.spans import FIELDS, Span
 
 if TYPE_CHECKING:
-    from celery import Celery
     from celery.result import AsyncResult
 
 T = TypeVar("T")
@@ -111,7 +111,7 @@ def _condition(frame: FrameType) -> str:
 
 
 def run_tasks(
-    client: "Celery", name: str, args: Sequence = (), count: int = 1, queue: str = "celery", timeout: float = 60
+    client: Celery, name: str, args: Sequence = (), count: int = 1, queue: str = "celery", timeout: float = 60
 ) -> Spans:
     """Send some tasks that are all alike, and wait for all of them.
 
@@ -127,12 +127,14 @@ def run_tasks(
         The tasks' spans, in the order in which they were sent.
 
     Raises:
-        ClassroomError: a task failed or returned something else, nobody ran it in time, or a server is away.
+        ClassroomError: the client is none, a task failed or returned something else, nobody ran it in time, or a server
+            is away.
 
     Example:
         >>> run_tasks(client, "wait", args=(0.5,), count=8, queue="threads").wall
         1.0034
     """
+    _check(client)
     if type(count) is not int or count < 1:
         raise ClassroomError(f"count is how many tasks to send, 1 or more, not {count!r}.")
     with _servers_answer():
@@ -185,6 +187,11 @@ def _collected(results: "list[AsyncResult]", timeout: float, place: str) -> Span
     return found
 
 
+def _check(client: Celery) -> None:
+    if not isinstance(client, Celery):
+        raise ClassroomError(f"The first argument is the app to send with, such as client = Celery(), not {client!r}.")
+
+
 @contextlib.contextmanager
 def _servers_answer() -> Iterator[None]:
     """Turn the errors of servers that are away into one line."""
@@ -195,7 +202,7 @@ def _servers_answer() -> Iterator[None]:
         raise ClassroomError(f"The broker or the backend doesn't answer ({trouble}). Run %servers.") from None
 
 
-def send_under(client: "Celery", id: str, name: str, queue: str = "celery", **options: Any) -> "AsyncResult":
+def send_under(client: Celery, id: str, name: str, queue: str = "celery", **options: Any) -> "AsyncResult":
     """Send a task under a correlation id, as a web service does for a request.
 
     Args:
@@ -209,12 +216,13 @@ def send_under(client: "Celery", id: str, name: str, queue: str = "celery", **op
         What `send_task` returns.
 
     Raises:
-        ClassroomError: the broker or the backend is away.
+        ClassroomError: the client is none, or the broker or the backend is away.
 
     Example:
         >>> send_under(client, "ada-7", "order", queue="shop").get(timeout=10)
         'Thank you.'
     """
+    _check(client)
     token = correlation_id.set(id)
     try:
         with _servers_answer():
@@ -223,7 +231,7 @@ def send_under(client: "Celery", id: str, name: str, queue: str = "celery", **op
         correlation_id.reset(token)
 
 
-def ask_worker(client: "Celery", name: str, question: str = "stats", seconds: float = 10) -> Any:
+def ask_worker(client: Celery, name: str, question: str = "stats", seconds: float = 10) -> Any:
     """Ask one worker a question, as `celery inspect` does, until it answers.
 
     A worker that has only just said "ready." may not hear the first question, so it is asked again.
@@ -238,7 +246,7 @@ def ask_worker(client: "Celery", name: str, question: str = "stats", seconds: fl
         The worker's answer. Which kind of thing that is depends on the question; "stats" gives a dictionary.
 
     Raises:
-        ClassroomError: there is no such question, nobody answers, or the broker is away.
+        ClassroomError: the client is none, there is no such question, nobody answers, or the broker is away.
 
     Example:
         >>> ask_worker(client, "w1")["pool"]["max-concurrency"]
@@ -246,6 +254,7 @@ def ask_worker(client: "Celery", name: str, question: str = "stats", seconds: fl
         >>> ask_worker(client, "w1", "active")
         []
     """
+    _check(client)
     if question not in QUESTIONS:
         raise ClassroomError(f"A worker has no answer to {question!r}. You can ask for {', '.join(QUESTIONS)}.")
     node = name if "@" in name else f"{name}@{socket.gethostname()}"

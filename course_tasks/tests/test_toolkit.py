@@ -108,6 +108,19 @@ def test_tasks_that_bring_no_spans_have_one_clear_line(client):
         collect([])
 
 
+@pytest.mark.parametrize(
+    "forgets_the_client",
+    [
+        lambda: run_tasks("wait", (0.1,)),
+        lambda: send_under(None, "ada-7", "order"),
+        lambda: ask_worker("w1", "stats"),
+    ],
+)
+def test_a_forgotten_client_has_one_clear_line(forgets_the_client):
+    with one_line("The first argument is the app to send with, such as client = Celery(), not "):
+        forgets_the_client()
+
+
 def test_servers_that_are_away_have_one_clear_line():
     with addressed(f"redis://localhost:{next(free_ports())}/0"):
         away = Celery(set_as_current=False)
