@@ -469,9 +469,15 @@ def test_the_body_names_the_tasks_that_should_follow(project):
 # --- 01b -----------------------------------------------------------------------------------------------------
 
 
-def test_without_files_a_killed_server_has_nothing_left(tmp_path):
-    stands("01b", 'with `--save ""`, `PLAIN` would have nothing at all', "By default (`appendfsync everysec`)")
-    command = [sys.executable, "-m", "course_tasks", "server", "--bind", "127.0.0.1", "--save", "", "--port"]
+@pytest.mark.parametrize("options", [[], ["--save", ""]])
+def test_without_a_snapshot_a_killed_server_has_nothing_left(tmp_path, options):
+    stands(
+        "01b",
+        "Without our `plain.save()`, `PLAIN` would have nothing at all, because it had not yet written a snapshot",
+        '(With `--save ""`, it never does.)',
+        "By default (`appendfsync everysec`)",
+    )
+    command = [sys.executable, "-m", "course_tasks", "server", "--bind", "127.0.0.1", *options, "--port"]
     port = free_port()
     with Redis(port=port) as server:
         for _ in range(2):

@@ -1,5 +1,6 @@
 """Claims of chapters 08 to 08c that no cell proves: see test_claims.py."""
 
+import contextlib
 import functools
 import json
 import os
@@ -305,8 +306,12 @@ def test_autoretry_for_every_exception_retries_what_was_too_slow(project):
     assert type(error).__name__ == "SoftTimeLimitExceeded" and counted(project, result) == {"starts": 2}
 
 
-def test_on_failure_is_not_called_if_the_process_is_killed(project):
-    stands("08b", "`on_failure` runs in the process that runs the task, so it is not called if that process is killed.")
+def test_on_failure_is_not_called_if_the_process_dies_but_it_is_after_the_hard_time_limit(project):
+    stands(
+        "08b",
+        "`on_failure` runs in the process that runs the task, so it is not called if that process dies",
+        "The hard time limit is an exception: when it kills the process, the main process calls `on_failure`.",
+    )
     client = start(project)
     lost = killed(project, client, "parked")
     assert type(lost.get(timeout=30, propagate=False)).__name__ == "WorkerLostError"
@@ -315,6 +320,9 @@ def test_on_failure_is_not_called_if_the_process_is_killed(project):
     until(lambda: project.backend.exists("parked"), "the second one is parked")
     assert project.backend.lrange("parked", 0, -1) == [failed.id.encode()]
     assert counted(project, failed)["starts"] == 2, "it was not parked before its retry"
+    slow = client.send_task("parked", args=(60,), time_limit=1)
+    assert type(slow.get(timeout=30, propagate=False)).__name__ == "TimeLimitExceeded"
+    until(lambda: project.backend.lrange("parked", 1, -1) == [slow.id.encode()], "the slow one is parked as well")
 
 
 def test_a_task_that_is_sent_again_has_a_new_result_under_its_old_id(project):
@@ -441,3 +449,18 @@ def test_what_a_dead_process_has_not_committed_is_gone(tmp_path):
         with pytest.raises(sqlite3.IntegrityError):
             db.execute("INSERT INTO done VALUES ('ben-4')")
     db.close()
+
+
+@pytest.mark.parametrize("options, rows", [({}, 0), ({"isolation_level": None}, 1)])
+def test_with_makes_a_transaction_only_of_a_connection_that_begins_one(tmp_path, options, rows):
+    stands(
+        "08c",
+        "This holds for a connection from `sqlite3.connect(file)`, as in `shop.py`.",
+        "The notebook's own `db` has `isolation_level=None`, which commits each statement at once",
+    )
+    with contextlib.closing(sqlite3.connect(tmp_path / "shop.db", **options)) as db:
+        db.execute("CREATE TABLE paid (id)")
+        with pytest.raises(ZeroDivisionError), db:
+            db.execute("INSERT INTO paid VALUES (1)")
+            1 / 0  # noqa: B018
+        assert db.execute("SELECT count(*) FROM paid").fetchone() == (rows,)
