@@ -480,7 +480,7 @@ def test_main_process_and_child_agree_on_the_id_of_any_message(shops):
 
 def test_what_the_docstring_says_has_no_id(shops):
     stands(
-        "07c", "what a worker logs when it obeys `revoke`, such as `Tasks flagged as revoked`, and what it logs about"
+        "07c", "what a worker logs when it obeys `revoke`, such as `Tasks flagged as revoked`, what it logs about its"
     )
     shop = shops["prefork"]
     later, running = shop.client("under('a-1', 'step', countdown=90)\nunder('a-1', 'sleep', 90)").split()[1::2]
@@ -492,7 +492,13 @@ def test_what_the_docstring_says_has_no_id(shops):
         shop.logged(re.escape(line))
         assert {found for found, message in shop.lines() if message.startswith(line)} == {"-"}, line
     shop.logged("^LookupError: no lamp$")  # a traceback's last line
-    for quoted in ("Tasks flagged as revoked", "Process cleanup failed", "only the first line", "those of beat"):
+    for quoted in (
+        "Tasks flagged as revoked",
+        "Process cleanup failed",
+        "Couldn't ack",
+        "only the first line",
+        "those of beat",
+    ):
         assert quoted in correlation.__doc__
 
 
