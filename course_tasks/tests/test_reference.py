@@ -8,6 +8,7 @@ import ast
 import builtins
 import functools
 import inspect
+import json
 import logging
 import re
 import signal
@@ -19,6 +20,7 @@ import celery.app.autoretry
 import celery.exceptions
 import celery.states
 import celery.worker.autoscale
+import kombu
 import kombu.exceptions
 import kombu.transport.redis
 import nbformat
@@ -32,6 +34,7 @@ from celery.bin.base import CLIContext
 from celery.bin.celery import celery as program
 from celery.bin.worker import worker
 from celery.utils.nodenames import host_format
+from celery.worker.request import Request
 
 from course_tasks import copies
 from course_tasks.authoring import kernels
@@ -181,6 +184,93 @@ def test_a_signal_is_one_of_celerys_and_gives_these_arguments():
     for name, row in named("Signals", "Signal").items():
         assert name in signals.__all__, f"{name} is no signal"
         assert set(CODE.findall(row["It gets"])) <= getattr(signals, name).providing_args, name
+
+
+SIGNALLING = """
+import os
+from celery import Celery, signals
+app = Celery("signalling")
+def note(name):
+    def receiver(**_):
+        with open("signals", "a") as file:
+            print(name, os.getpid(), file=file)
+    return receiver
+for name in NAMES:
+    getattr(signals, name).connect(note(name), weak=False)
+@app.task
+def add(x, y):  # for which a spawned child imports this module before it sets up logging
+    return x + y
+"""
+
+
+@pytest.mark.parametrize("method, processes", [("fork", 1), ("spawn", 3)])
+@pytest.mark.parametrize("names", [["setup_logging"], ["after_setup_logger", "after_setup_task_logger"]])
+def test_where_the_signals_about_logging_are_sent(project, method, processes, names):
+    for name in names:
+        said = named("Signals", "Signal")[name]["Where"]
+        assert said.startswith("in the main process, and in each child that is spawned (a forked child takes over")
+    sign_off = "signals.worker_ready.connect(lambda **_: print(' ready.', flush=True), weak=False)"  # whatever the log
+    (project.folder / "signalling.py").write_text(SIGNALLING.replace("NAMES", repr(names)) + sign_off)
+    project.worker(f"celery -A signalling worker -c 2 --pool-start-method={method} --without-mingle", seconds=60)
+    file = project.folder / "signals"
+    until(lambda: len(file.read_text().splitlines()) >= processes * len(names), "each process has sent them")
+    sent = [line.split() for line in file.read_text().splitlines()]
+    assert len(sent) == processes * len(names)
+    assert all(len({pid for name, pid in sent if name == wanted}) == processes for wanted in names)
+
+
+def nothing():
+    """What a task does where only its options count."""
+
+
+def test_a_retry_after_a_cold_stop_is_signalled_without_a_reason():
+    assert named("Signals", "Signal")["task_retry"]["It gets"] == "`request`, and `reason` unless it was a cold stop"
+    app = Celery(set_as_current=False)
+    app.backend_cls = "cache+memory://"
+    task = app.task(name="long")(nothing)
+    with kombu.Connection("memory://") as connection, connection.SimpleQueue("long") as queue:
+        sent = app.amqp.as_task_v2("1f2e", "long")
+        queue.put(sent.body, headers=sent.headers, **sent.properties)
+        request = Request(queue.get(timeout=5), app=app, task=task)
+    told: list[dict] = []
+    signals.task_retry.connect(lambda **given: told.append(given), weak=False, sender=task)
+    request._announce_cancelled()
+    [given] = told
+    assert given["request"].id == "1f2e" and "reason" not in given
+
+
+@pytest.mark.parametrize("own, kept", [(("",), "True False 0"), (("", "celery.task"), "True True 0")])
+def test_without_hijacking_a_handler_stays_but_tasks_log_to_one_of_celerys(own, kept):
+    price = named("Settings", "Setting")["worker_hijack_root_logger"]["Price of changing it"]
+    assert price.startswith("`False`: yours stay, but lines of task loggers go to a handler of Celery's, unless your")
+    code = f"""
+import logging
+from celery import Celery
+app = Celery()
+app.conf.worker_hijack_root_logger = False
+mine = logging.StreamHandler()
+for name in {own}:
+    logging.getLogger(name).addHandler(mine)
+app.log.setup_logging_subsystem()
+for name in ("", "celery.task"):
+    logs = [each for each in logging.getLogger(name).handlers if not isinstance(each, logging.NullHandler)]
+    print(logs == [mine], end=" ")
+print(logging.getLogger("celery.task").propagate)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert said.stdout == f"{kept}\n", said.stderr
+
+
+def test_an_option_that_only_the_worker_reads_has_no_effect_with_a_call_and_a_countdown_none_in_the_decorator(project):
+    assert "and those read by the *worker* only in the decorator." in TEXT
+    client = project.client()
+    only = {name for name, row in named("Options of a task", "Option").items() if row["Read by"] == "worker"}
+    assert {"acks_late", "max_retries", "rate_limit"} <= only
+    client.send_task("report", ignore_result=True, **dict.fromkeys(only, 9))
+    message = json.loads(project.broker.lindex("celery", 0))
+    assert only <= message["properties"].keys(), "where a worker doesn't look"
+    client.task(name="later", countdown=60, eta="2099-01-01", ignore_result=True)(nothing).delay()
+    assert json.loads(project.broker.lindex("celery", 0))["headers"]["eta"] is None
 
 
 def test_a_pool_can_be_chosen():
