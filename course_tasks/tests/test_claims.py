@@ -202,12 +202,16 @@ def test_ctrl_c_lets_the_worker_finish_its_tasks(project):
 
 def test_a_task_without_a_name_is_called_after_its_module_and_function():
     stands("00", "Without `name=`, Celery builds the name of a task from the module and the function.")
+    stands("03", 'In a notebook with `Celery("shop")`, the task would be called `shop.double`.')
 
     def total():
         """Nothing: only the name counts."""
 
     total.__module__ = "shop"
     assert Celery(set_as_current=False).task(total).name == "shop.total"
+    total.__module__ = "__main__"
+    assert Celery(set_as_current=False).task(total).name == "__main__.total"
+    assert Celery("shop", set_as_current=False).task(total).name == "shop.total"
 
 
 def test_a_waiting_message_has_no_time_to_live(project):
@@ -771,6 +775,21 @@ def test_of_a_task_that_ignores_its_result_not_even_an_error_is_stored(project):
     after = project.client().send_task("note", args=("after it",))
     assert after.get(timeout=20) == "after it"
     assert project.backend.keys() == [f"celery-task-meta-{after.id}".encode()]
+
+
+def test_only_delay_knows_that_an_imported_task_ignores_its_result(project):
+    stands("02", "If it imports the task and sends it with `delay`, or if it sends *any* task with")
+    stands("02", "(The import alone doesn't help: `send_task` doesn't look at this option of the task.")
+    client = project.client()
+
+    @client.task(name="notify", ignore_result=True)
+    def notify():
+        """Never run."""
+
+    assert notify.delay().get(timeout=20) is None
+    assert client.send_task("notify", ignore_result=True).get(timeout=20) is None
+    with pytest.raises(ResultTimeout):
+        client.send_task("notify").get(timeout=1)
 
 
 def test_reading_a_result_does_not_change_its_time_to_live(project):
@@ -2229,6 +2248,25 @@ def test_a_worker_takes_every_countdown_and_a_chord_counts_silent_parts_and_info
     until(
         lambda: (project.broker.llen("celery"), project.broker.hlen("unacked")) == (0, 50), "all are taken", seconds=20
     )
+
+
+@pytest.mark.parametrize(
+    "pool, value", [("prefork", None), ("threads", None), ("gevent", "inner"), ("eventlet", "inner")]
+)
+def test_which_pool_refuses_to_wait_inside_a_task(project, pool, value):
+    stands(
+        "04b", "With the check, Celery refuses to wait inside a task. (With the pools gevent and eventlet it does not:"
+    )
+    (project.folder / "nested.py").write_text(
+        "from celery import Celery\napp = Celery('nested')\n"
+        "@app.task(name='inner')\ndef inner():\n    return 'inner'\n"
+        "@app.task(name='outer')\ndef outer():\n    return inner.delay().get(timeout=20)\n"
+    )
+    project.worker(
+        f"celery -A nested worker --pool={pool} --concurrency=2 --without-mingle --without-gossip", seconds=60
+    )
+    told = project.client().send_task("outer").get(timeout=30, propagate=False)
+    assert told == value if value else "Never call result.get() within a task!" in str(told)
 
 
 def test_get_refuses_to_wait_inside_a_task_by_default():
