@@ -944,6 +944,26 @@ def test_an_exception_that_passes_all_its_arguments_on_comes_back(project):
     assert said == "('Bern', 'Main Street')\n"
 
 
+@pytest.mark.parametrize("base, arrives", [("Exception", "UnpickleableExceptionWrapper"), ("ValueError", "ValueError")])
+def test_an_exception_that_can_not_be_built_again_arrives_as_its_base_class_or_wrapped(project, base, arrives):
+    stands(
+        "02b", "(If its class derives from another one than `Exception`, such as `ValueError`, the client gets a plain"
+    )
+    (project.folder / "notes.py").write_text(
+        "from celery import Celery\n"
+        "app = Celery('notes')\n"
+        f"class NoRoute({base}):\n"
+        "    def __init__(self, city, street):\n"
+        "        super().__init__(f'no route to {street} in {city}')\n"
+        "@app.task(name='deliver')\n"
+        "def deliver(city, street):\n"
+        "    raise NoRoute(city, street)\n"
+    )
+    project.worker(NOTES_WORKER.format(option="", more="--pool=solo"))
+    error = project.client().send_task("deliver", args=("Bern", "Main Street")).get(timeout=20, propagate=False)
+    assert type(error).__name__ == arrives
+
+
 def test_inspect_names_tasks_that_are_pending(project):
     stands(
         "02b",
@@ -2748,6 +2768,40 @@ def test_the_main_process_replaces_a_child_that_died(project, tmp_path):
     before = node_stats(client, "w")["pool"]["processes"]
     os.kill(before[0], signal.SIGKILL)
     until(lambda: before[0] not in (now := node_stats(client, "w")["pool"]["processes"]) and len(now) == 2, "a new one")
+
+
+def test_after_delayed_tasks_a_limited_worker_with_late_acknowledgement_runs_one_task_at_a_time(project):
+    stands(
+        "06b",
+        "If the worker's prefetch count is higher than the limit, the first delayed task lowers it to the limit.",
+        "Each delayed task that starts then lowers it by one, and nothing raises it again.",
+        "After them, it ran only one task at a time, until we restarted it.",
+        "If it is already higher, the first task with a countdown lowers it to that number, and it stays low.",
+    )
+    settings = "app.conf.update(worker_eta_task_limit=2, task_acks_late=True)"
+    (project.folder / "holds.py").write_text(f"{HOLDS}\n{settings}\n")
+    project.worker(f"{HOLDS_WORKER} --pool=threads --concurrency=4")
+    client = project.client()
+
+    def holding() -> int:
+        """How many of four tasks it runs at once."""
+        before = project.log().count("holding")
+        results = [client.send_task("hold") for _ in range(4)]
+        until(lambda: project.log().count("holding") > before, "the first one starts")
+        time.sleep(2)  # in which the others would start
+        count = project.log().count("holding") - before
+        (project.folder / "go").touch()
+        for result in results:
+            result.get(timeout=60)
+        return count
+
+    assert (node_stats(client, "celery")["prefetch_count"], holding()) == (16, 4)
+    delayed = [client.send_task("hold", countdown=3) for _ in range(8)]
+    until(lambda: node_stats(client, "celery")["prefetch_count"] == 2, "the limit")
+    for result in delayed:
+        result.get(timeout=60)
+    (project.folder / "go").unlink()
+    assert (node_stats(client, "celery")["prefetch_count"], holding()) == (1, 1)
 
 
 @pytest.mark.parametrize("pool, reserved", [("gevent", 1), ("eventlet", 1), ("threads", 8), ("prefork", 8)])
