@@ -1145,19 +1145,20 @@ def test_a_client_whose_backend_was_away_works_again_without_a_restart(project, 
     client = project.client()
     client.backend_cls = f"redis://localhost:{port}/0"
     client.conf.result_backend_transport_options = {"retry_policy": {"max_retries": 1}}
+    kept = []  # a result that ends while the backend is away looks for it
     for number in range(2):
         server = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
         try:
             until(lambda: listens(port), "the server")
-            result = client.send_task("note")
-            threading.Timer(1, client.backend.store_result, [result.id, number, "SUCCESS"]).start()
-            assert result.get(timeout=20) == number
+            kept.append(client.send_task("note"))
+            threading.Timer(1, client.backend.store_result, [kept[-1].id, number, "SUCCESS"]).start()
+            assert kept[-1].get(timeout=20) == number
         finally:
             server.kill()
             server.wait()
         with pytest.raises(RuntimeError, match="must be restarted"):
             for _ in range(3):  # one or two may slip through
-                client.send_task("note")
+                kept.append(client.send_task("note"))
 
 
 def test_of_a_task_that_ignores_its_result_started_is_not_stored_either(project):
