@@ -2168,7 +2168,8 @@ def test_when_a_worker_looks_at_expires(project, pool, looks_again):
     stands(
         "04b",
         "| prefork, solo | when it takes the message, and again before the task starts |",
-        "| threads, gevent | only when it takes the message |",
+        "| threads, gevent | when it takes the message, but not again when a place becomes free |",
+        "(If the task also has a `countdown`, which comes next, every worker looks once more when the",
     )
     (project.folder / "busy.py").write_text(BUSY)
     project.worker(f"celery -A busy worker --pool={pool} -c 1 --without-mingle --without-gossip")
@@ -2180,6 +2181,10 @@ def test_when_a_worker_looks_at_expires(project, pool, looks_again):
             late.get(timeout=20)
     else:
         assert late.get(timeout=20) is None
+    delayed = client.send_task("sleep", args=(0,), countdown=1.5, expires=1)
+    assert delayed.state == "PENDING"
+    with pytest.raises(TaskRevokedError):
+        delayed.get(timeout=30)
 
 
 def test_how_long_and_how_many_a_worker_holds_by_default():

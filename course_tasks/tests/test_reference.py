@@ -223,8 +223,9 @@ def nothing():
     """What a task does where only its options count."""
 
 
-def test_a_retry_after_a_cold_stop_is_signalled_without_a_reason():
-    assert named("Signals", "Signal")["task_retry"]["It gets"] == "`request`, and `reason` unless it was a cold stop"
+def test_a_retry_of_a_cancelled_task_is_signalled_without_a_reason():
+    arguments = named("Signals", "Signal")["task_retry"]["It gets"]
+    assert arguments == "`request`, and `reason` unless the worker has cancelled it"
     app = Celery(set_as_current=False)
     app.backend_cls = "cache+memory://"
     task = app.task(name="long")(nothing)
