@@ -967,7 +967,7 @@ def test_an_exception_that_can_not_be_built_again_arrives_as_its_base_class_or_w
 def test_inspect_names_tasks_that_are_pending(project):
     stands(
         "02b",
-        "| a worker names it in `inspect().active()` | it is running, and its worker doesn't store `STARTED` |",
+        "| a worker names it in `inspect().active()` | it is running, and there is no record of `STARTED`:",
         "| a worker names it in `inspect().scheduled()` | it waits for its `countdown` |",
         "We wait for five seconds at most, and we stop waiting after the second answer (`limit=2`).",
     )
