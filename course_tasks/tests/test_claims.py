@@ -3077,8 +3077,8 @@ def lost():
 def ids_worker(
     project: Project, name: str, change: str = "", settings: str = "", pool: str = "prefork -c 1", more: str = ""
 ) -> None:
-    """Start a worker with the course's ids, changed somehow. Its module, its node and its queue have this name."""
-    (project.folder / f"{name}.py").write_text(IDS.format(change=change, settings=settings))
+    """Start a worker with the course's ids, changed somehow, and with more tasks. All is called by the same name."""
+    (project.folder / f"{name}.py").write_text(IDS.format(change=change, settings=settings) + more)
     command = f"celery -A {name} worker --pool={pool} -Q {name} -n {name}@%h --without-mingle --without-gossip"
     project.worker(command)
 
@@ -3103,6 +3103,7 @@ def line_of(project: Project, *texts: str) -> str:
         ("`_publish` | the first task's own id stands in", "", None, " received", "TASK"),
         ("`_begin` | the lines of running tasks have a `-`", "_begin = lambda **_: None", "ada-7", ": packed", "-"),
         ("`CorrelatedConsumer` | `received` has a `-`", "CorrelatedConsumer = Consumer", "ada-7", " received", "-"),
+        ("`received` has a `-`, and `Hard time limit` too", "CorrelatedConsumer = Consumer", "ada-7", "Hard time", "-"),
         ("`CorrelatedRequest` | `Hard time limit` has a `-`", "CorrelatedRequest = Request", "ada-7", "Hard time", "-"),
     ],
 )
@@ -3112,6 +3113,16 @@ def test_each_part_of_the_ids_has_its_own_job(project, row, change, id, line, sh
     task = under(project, "shop", "hang" if line == "Hard time" else "pack", id)
     shown = task.id if shown == "TASK" else shown
     assert f" {shown}] " in line_of(project, line, task.id[:8])
+
+
+@pytest.mark.parametrize("change, own", [("", False), ("correlation._begin = lambda **_: None", True)])
+def test_without_begin_a_task_sends_others_under_its_own_id(project, change, own):
+    stands("07b", "and the tasks that they send have the first task's own id in `received`")
+    order = '@app.task(name="order")\ndef order():\n    return pack.apply_async(queue="shop").id'
+    ids_worker(project, "shop", change, more=order)
+    task = under(project, "shop", "order")
+    sent = task.get(timeout=20)
+    assert f" {task.id if own else 'ada-7'}] " in line_of(project, " received", sent[:8])
 
 
 def test_a_line_whose_format_names_a_field_that_the_record_lacks_is_an_error():
