@@ -817,7 +817,7 @@ def test_flaky_is_tried_again_after_a_second_and_add_long_takes_its_time(project
         "02b",
         "`add_long` takes one second.",
         "`flaky` fails once, and is tried again one second later.",
-        "| RETRY | an attempt has failed, and another one will follow | the exception of that attempt | no |",
+        "| RETRY | an attempt has failed, and another one will follow | the exception that the task gave to `retry`",
     )
     project.worker("celery -A course_tasks worker --pool=threads -c 2 --without-mingle --without-gossip")
     records, sent, at = [], [], []
@@ -962,6 +962,41 @@ def test_an_exception_that_can_not_be_built_again_arrives_as_its_base_class_or_w
     project.worker(NOTES_WORKER.format(option="", more="--pool=solo"))
     error = project.client().send_task("deliver", args=("Bern", "Main Street")).get(timeout=20, propagate=False)
     assert type(error).__name__ == arrives
+
+
+def test_a_worker_that_starts_after_a_revoke_and_is_told_by_nobody_runs_the_task(project):
+    stands(
+        "02b",
+        "`revoke()` reaches only the workers that are running. One of them stores `REVOKED`, even if it doesn't read",
+        "A worker that starts later, and that no other worker tells of it, runs the task all the same.",
+    )
+    notes(project, more="--pool=solo -Q others -n other@%h")
+    client = project.client()
+    waiting = client.send_task("note", args=("all the same",))
+    client.control.revoke(waiting.id, reply=True, timeout=10, limit=1)
+    until(lambda: client.AsyncResult(waiting.id).state == "REVOKED", "the other worker stores it")
+    project.worker(NOTES_WORKER.format(option="", more="--pool=solo -n late@%h"))
+    logged(project, "noted: all the same")
+    until(lambda: client.AsyncResult(waiting.id).state == "SUCCESS", "its result")
+
+
+@pytest.mark.parametrize("given, held", [("", "NoneType"), (", exc=KeyError('gone')", "KeyError")])
+def test_what_the_result_of_a_retry_holds(project, given, held):
+    stands("02b", "another one will follow | the exception that the task gave to `retry` (08b), or `None` | no |")
+    (project.folder / "notes.py").write_text(
+        "from celery import Celery\n"
+        "app = Celery('notes')\n"
+        "@app.task(name='again', bind=True)\n"
+        "def again(self):\n"
+        "    try:\n"
+        "        {}['gone']\n"
+        "    except KeyError:\n"
+        f"        raise self.retry(countdown=60{given})\n"
+    )
+    project.worker(NOTES_WORKER.format(option="", more="--pool=solo"))
+    task = project.client().send_task("again")
+    until(lambda: task.state == "RETRY", "the first attempt fails")
+    assert type(task.result).__name__ == held
 
 
 def test_inspect_names_tasks_that_are_pending(project):
@@ -3137,7 +3172,7 @@ def test_who_logs_what_about_a_task_and_the_main_process_s_lines_have_its_id(pro
         "The task's own line and `succeeded` have the id, because a child process logs them",
         "because the main process logs them, and it doesn't run any task",
         "`on_timeout` | a time limit is over | `Hard time limit (1s) exceeded`",
-        "`on_failure` | the child process has died | `Task handler raised error: WorkerLostError`",
+        "`on_failure` | a hard time limit is over, or the child process has died | `Task handler raised error:`",
     )  # what the other three methods do is in test_correlation.py
     formats = (
         "worker_log_format = '%(processName)s ' + correlation.FORMAT",
