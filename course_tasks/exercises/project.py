@@ -172,10 +172,11 @@ class Project:
         """
         ids = [record["task_id"] for record in self._records() if record.get("status") in states.READY_STATES]
         ends = [re.compile(rf"\[{re.escape(id)}\]\s(?!received|retry)") for id in ids]
-        deadline = time.monotonic() + seconds
-        while not all(end.search(self.log()) for end in ends) and time.monotonic() < deadline:
+        deadline, log = time.monotonic() + seconds, self.log()
+        while not all(end.search(log) for end in ends) and time.monotonic() < deadline:
             time.sleep(0.02)
-        return self.log()
+            log = self.log()
+        return log
 
     def results(self) -> list[Any]:
         """What the backend has stored as results of tasks, in any order; None for a task that failed or has no end."""
