@@ -1,7 +1,6 @@
 """What a learner has answered is remembered, whatever happens to the file; and `quiz` where no chapter shows it."""
 
 import errno
-import gc
 import json
 import os
 import re
@@ -96,9 +95,7 @@ def test_ten_kernels_at_once_lose_no_record(mine):
         b'{"version": 1, "exercises": {}, "quiz": null, "last": null}',
     ],
 )
-def test_a_damaged_file_is_set_aside_and_the_verdict_comes_all_the_same(mine, capsys, damaged, request):
-    request.addfinalizer(gc.enable)
-    gc.disable()  # what an earlier test has left must not end, with an error, in the depth of the many brackets
+def test_a_damaged_file_is_set_aside_and_the_verdict_comes_all_the_same(mine, capsys, damaged):
     mine.mkdir()
     for number in (1, 2):
         (mine / "progress.json").write_bytes(damaged)
