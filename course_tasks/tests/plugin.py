@@ -25,6 +25,7 @@ import nbval.plugin
 import psutil
 import pytest
 from celery import Celery
+from kombu import Connection, Message
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from redis import Redis
 from xdist.scheduler import LoadScopeScheduling
@@ -385,6 +386,14 @@ def node_stats(client: Celery, name: str) -> dict:
     """What a worker says about itself."""
     node = f"{name}@{socket.gethostname()}"
     return until(lambda: client.control.inspect([node], timeout=5, limit=1).stats(), f"{name} answers")[node]
+
+
+def taken(app: Celery, task: str) -> Message:
+    """A message that asks for a task under the id 1f2e, as a worker gets it, here from a broker in this process."""
+    with Connection("memory://") as connection, connection.SimpleQueue(task) as simple:
+        sent = app.amqp.as_task_v2("1f2e", task)
+        simple.put(sent.body, headers=sent.headers, **sent.properties)
+        return simple.get(timeout=5)
 
 
 def processes(text: str, among: Iterable[psutil.Process] | None = None) -> list[psutil.Process]:

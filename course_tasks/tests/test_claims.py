@@ -93,7 +93,7 @@ from course_tasks.exercises.project import Project
 from course_tasks.install import ROOT
 from course_tasks.spans import at_once, speedup
 from course_tasks.tasks import add
-from course_tasks.tests.plugin import cells, listens, logged, node_stats, stands, until
+from course_tasks.tests.plugin import cells, listens, logged, node_stats, stands, taken, until
 
 NOTES = """
 import time
@@ -923,18 +923,22 @@ def test_the_class_that_celery_makes_up_is_no_attribute_of_its_module():
     assert not hasattr(celery.exceptions, "OutOfStock"), "or answer a) would be right as well"
 
 
+NO_ROUTE = """
+from celery import Celery
+app = Celery("notes")
+class NoRoute({base}):
+    def __init__(self, city, street):
+        super().__init__({passed_on})
+@app.task(name="deliver")
+def deliver(city, street):
+    raise NoRoute(city, street)
+"""
+
+
 def test_an_exception_that_passes_all_its_arguments_on_comes_back(project):
     stands("02b", "The fix is an `__init__` that passes all its arguments on: `super().__init__(city, street)`.")
-    (project.folder / "notes.py").write_text(
-        "from celery import Celery\n"
-        "app = Celery('notes')\n"
-        "class NoRoute(Exception):\n"
-        "    def __init__(self, city, street):\n"
-        "        super().__init__(city, street)\n"
-        "@app.task(name='deliver')\n"
-        "def deliver(city, street):\n"
-        "    raise NoRoute(city, street)\n"
-    )
+    module = NO_ROUTE.format(base="Exception", passed_on="city, street")
+    (project.folder / "notes.py").write_text(module)
     project.worker(NOTES_WORKER.format(option="", more="--pool=solo"))
     said = project.run(
         'python -c "import notes\n'
@@ -949,16 +953,8 @@ def test_an_exception_that_can_not_be_built_again_arrives_as_its_base_class_or_w
     stands(
         "02b", "(If its class derives from another one than `Exception`, such as `ValueError`, the client gets a plain"
     )
-    (project.folder / "notes.py").write_text(
-        "from celery import Celery\n"
-        "app = Celery('notes')\n"
-        f"class NoRoute({base}):\n"
-        "    def __init__(self, city, street):\n"
-        "        super().__init__(f'no route to {street} in {city}')\n"
-        "@app.task(name='deliver')\n"
-        "def deliver(city, street):\n"
-        "    raise NoRoute(city, street)\n"
-    )
+    module = NO_ROUTE.format(base=base, passed_on="f'no route to {street} in {city}'")
+    (project.folder / "notes.py").write_text(module)
     project.worker(NOTES_WORKER.format(option="", more="--pool=solo"))
     error = project.client().send_task("deliver", args=("Bern", "Main Street")).get(timeout=20, propagate=False)
     assert type(error).__name__ == arrives
@@ -3261,16 +3257,13 @@ def test_what_is_logged_about_an_accepted_task_has_its_id_but_not_a_lost_acknowl
         seen[record.getMessage().partition(":")[0].partition(" 1 ")[0]] = correlation_id.get()
         return True
 
-    with kombu.Connection("memory://") as connection, connection.SimpleQueue("acknowledged") as queue:
-        sent = app.amqp.as_task_v2("1f2e", "add")
-        queue.put(sent.body, headers=sent.headers, **sent.properties)
-        message = queue.get(timeout=5)
-        message.channel = SimpleNamespace(basic_ack=broken, no_ack_consumers=[])
-        consumer = SimpleNamespace(hub=Hub() if loop == "hub" else None)
-        on_ack = functools.partial(Consumer.call_soon_ack, consumer, message.ack_log_error)
-        errors = (ConnectionError,)
-        with correlation._current("ada-7"):
-            request = CorrelatedRequest(message, on_ack=on_ack, app=app, connection_errors=errors, task=add)
+    message = taken(app, "add")
+    message.channel = SimpleNamespace(basic_ack=broken, no_ack_consumers=[])
+    consumer = SimpleNamespace(hub=Hub() if loop == "hub" else None)
+    on_ack = functools.partial(Consumer.call_soon_ack, consumer, message.ack_log_error)
+    errors = (ConnectionError,)
+    with correlation._current("ada-7"):
+        request = CorrelatedRequest(message, on_ack=on_ack, app=app, connection_errors=errors, task=add)
     caplog.set_level(logging.DEBUG, logger="celery.worker.request")
     monkeypatch.setattr("celery.worker.request._does_debug", True)  # the level of the log when Celery was imported
     with caplog.filtering(look):  # type: ignore[arg-type]  # a function will do

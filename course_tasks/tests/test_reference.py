@@ -20,7 +20,6 @@ import celery.app.autoretry
 import celery.exceptions
 import celery.states
 import celery.worker.autoscale
-import kombu
 import kombu.exceptions
 import kombu.transport.redis
 import nbformat
@@ -40,7 +39,7 @@ from course_tasks import copies
 from course_tasks.authoring import kernels
 from course_tasks.classroom import free_port
 from course_tasks.install import ROOT
-from course_tasks.tests.plugin import cells, until
+from course_tasks.tests.plugin import cells, taken, until
 from course_tasks.tests.test_notebooks import LINK
 
 PAGE = kernels.NOTEBOOKS / "reference.md"
@@ -229,10 +228,7 @@ def test_a_retry_of_a_cancelled_task_is_signalled_without_a_reason():
     app = Celery(set_as_current=False)
     app.backend_cls = "cache+memory://"
     task = app.task(name="long")(nothing)
-    with kombu.Connection("memory://") as connection, connection.SimpleQueue("long") as queue:
-        sent = app.amqp.as_task_v2("1f2e", "long")
-        queue.put(sent.body, headers=sent.headers, **sent.properties)
-        request = Request(queue.get(timeout=5), app=app, task=task)
+    request = Request(taken(app, "long"), app=app, task=task)
     told: list[dict] = []
     signals.task_retry.connect(lambda **given: told.append(given), weak=False, sender=task)
     request._announce_cancelled()
