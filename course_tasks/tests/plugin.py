@@ -388,6 +388,13 @@ def node_stats(client: Celery, name: str) -> dict:
     return until(lambda: client.control.inspect([node], timeout=5, limit=1).stats(), f"{name} answers")[node]
 
 
+def accepted(client: Celery, name: str) -> None:
+    """Wait until a worker knows that a task of its has begun. A child's log line can come before that, and a cold stop
+    in between takes the task for one that waits."""
+    node = f"{name}@{socket.gethostname()}"
+    until(lambda: client.control.inspect([node], timeout=5, limit=1).active()[node], f"{name} runs a task")
+
+
 def taken(app: Celery, task: str) -> Message:
     """A message that asks for a task under the id 1f2e, as a worker gets it, here from a broker in this process."""
     with Connection("memory://") as connection, connection.SimpleQueue(task) as simple:

@@ -93,7 +93,7 @@ from course_tasks.exercises.project import Project
 from course_tasks.install import ROOT
 from course_tasks.spans import at_once, speedup
 from course_tasks.tasks import add
-from course_tasks.tests.plugin import cells, listens, logged, node_stats, stands, taken, until
+from course_tasks.tests.plugin import accepted, cells, listens, logged, node_stats, stands, taken, until
 
 NOTES = """
 import time
@@ -1734,6 +1734,8 @@ def test_how_each_pool_stops(project, tmp_path, row, sent, task):
         # a message that a worker is just taking when it is stopped may be lost, so it has all that it takes first
         for result in results[pool][: {"solo": 1, "gevent": 2, "eventlet": 2}.get(pool, 3)]:
             logged(project, f"[{result.id}] received")
+        if pool == "prefork":
+            accepted(client, pool)
         os.kill(pids[pool], getattr(signal, sent))
     until(lambda: not any(map(psutil.pid_exists, pids.values())), "all workers have ended")
     done = {pool: sum(result.state == "SUCCESS" for result in results[pool]) for pool in pools}
@@ -1753,7 +1755,7 @@ def test_sigquit_is_a_cold_stop_and_a_soft_timeout_makes_no_difference_to_sigter
         project.worker(f"{RISKY} --concurrency=1 -n w{number}@%h -Q q{number}")
         result = client.send_task("early", args=(seconds,), queue=f"q{number}")
         pid = node_stats(client, f"w{number}")["pid"]
-        until(lambda: result.state == "STARTED", "the task starts")  # noqa: B023
+        accepted(client, f"w{number}")
         asked = time.monotonic()
         os.kill(pid, {1: signal.SIGTERM, 2: signal.SIGQUIT}[number])
         until(lambda: not psutil.pid_exists(pid), "the worker ends")  # noqa: B023
@@ -1878,7 +1880,7 @@ def test_sigquit_itself_waits_for_the_soft_timeout(project):
     project.worker(f"{HOLDS_WORKER} --pool=prefork -c 1")
     pid = node_stats(project.client(), "celery")["pid"]
     result = project.client().send_task("hold")
-    logged(project, "holding")
+    accepted(project.client(), "celery")
     os.kill(pid, signal.SIGQUIT)
     logged(project, "Initiating Soft Shutdown")
     (project.folder / "go").touch()

@@ -310,8 +310,10 @@ def test_so_have_those_about_tasks_that_are_revoked_or_cancelled(folder):
         shop.logged(f"sleep.{now}.: sleeps")
         shop.client(f"app.control.revoke({now!r}, terminate=True)")
         shop.logged("a receiver of task_revoked", 2)
-        shop.client("under('cancelled-1', 'sleep', 90)")
-        shop.logged("sleeps", 2)
+        shop.client(
+            "under('cancelled-1', 'sleep', 90, task_id='cancelled')\n"
+            "while 'cancelled' not in str(app.control.inspect(limit=1).active()): pass"
+        )
         shop.process.send_signal(signal.SIGQUIT)  # a cold shutdown
         shop.logged("a receiver of task_retry")
         said = [line for line in shop.lines() if line[1].startswith(("Discarding", "a receiver of task_re"))]
