@@ -817,7 +817,7 @@ def test_flaky_is_tried_again_after_a_second_and_add_long_takes_its_time(project
         "02b",
         "`add_long` takes one second.",
         "`flaky` fails once, and is tried again one second later.",
-        "| RETRY | an attempt has failed, and another one will follow | the exception that the task gave to `retry`",
+        "| RETRY | an attempt has failed, and another one will follow. Or",
     )
     project.worker("celery -A course_tasks worker --pool=threads -c 2 --without-mingle --without-gossip")
     records, sent, at = [], [], []
@@ -838,8 +838,7 @@ def test_flaky_is_tried_again_after_a_second_and_add_long_takes_its_time(project
 
 
 def test_get_passes_on_what_it_hears_meanwhile_about_another_task(project):
-    """As it does when a client was too busy to begin waiting before the other task was over."""
-    stands("02b", "`get` passes on every announcement that it receives while it waits. After a busy moment, one of")
+    stands("02b", "`get` passes on every announcement that it receives while it waits. If other tasks of yours")
     project.worker("celery -A course_tasks worker --pool=solo --without-mingle --without-gossip")
     client, heard = project.client(), []
     add, other = client.send_task("add", args=(4, 5)), client.send_task("add", args=(1, 2))
@@ -863,7 +862,7 @@ def test_a_task_that_the_worker_does_not_know_fails_without_being_started(projec
 def test_a_task_that_comes_too_late_is_revoked_and_events_have_states_of_their_own(project):
     stands(
         "02b",
-        "| REVOKED | the task was cancelled, or came too late (`expires`, see 04b) | a `TaskRevokedError` | yes |",
+        "| REVOKED | the task was cancelled, or came too late (`expires`, see 04b) | a `TaskRevokedError` | yes, but",
         "in `celery.states` you also find `RECEIVED` and `REJECTED`. They belong to Celery's monitoring events",
     )
     notes(project)
@@ -978,7 +977,7 @@ def test_a_worker_that_starts_after_a_revoke_and_is_told_by_nobody_runs_the_task
 
 @pytest.mark.parametrize("given, held", [("", "NoneType"), (", exc=KeyError('gone')", "KeyError")])
 def test_what_the_result_of_a_retry_holds(project, given, held):
-    stands("02b", "another one will follow | the exception that the task gave to `retry` (08b), or `None` | no |")
+    stands("02b", "(see 03c) | the exception that the task gave to `retry` (08b), or `None` | no |")
     (project.folder / "notes.py").write_text(
         "from celery import Celery\n"
         "app = Celery('notes')\n"
@@ -993,6 +992,36 @@ def test_what_the_result_of_a_retry_holds(project, given, held):
     task = project.client().send_task("again")
     until(lambda: task.state == "RETRY", "the first attempt fails")
     assert type(task.result).__name__ == held
+
+
+def test_a_task_that_runs_again_is_still_retry_when_nobody_stores_that_it_has_started(project):
+    stands("02b", "After a retry, a task that is running again is still `RETRY`.")
+    (project.folder / "holds.py").write_text(
+        HOLDS.replace('"hold")', '"hold", bind=True)')
+        .replace("hold():", "hold(self):")
+        .replace('print("holding")', "if not self.request.retries:\n        raise self.retry(countdown=0)")
+    )
+    project.worker(f"{HOLDS_WORKER} --pool=threads -c 1")
+    task = project.client().send_task("hold")
+    until(lambda: task.state == "RETRY", "the first attempt")
+    accepted(project.client(), "celery")
+    assert task.state == "RETRY"
+    (project.folder / "go").touch()
+    assert task.get(timeout=20) == "gone on"
+
+
+def test_inspect_names_no_task_that_waits_for_its_rate_limit(project):
+    stands("02b", "Or the task has a `rate_limit` (see 04) and waits in a worker for its turn |")
+    (project.folder / "notes.py").write_text(NOTES.replace('name="note"', 'name="note", rate_limit="1/h"'))
+    project.worker(NOTES_WORKER.format(option="", more="--pool=threads"))
+    client = project.client()
+    client.send_task("note", args=("first",)).get(timeout=20)
+    waiting = client.send_task("note", args=("second",))
+    logged(project, f"[{waiting.id}] received")
+    asked = client.control.inspect(timeout=10, limit=1)
+    for question in (asked.active, asked.reserved, asked.scheduled):
+        assert list(question().values()) == [[]]
+    assert (project.broker.llen("celery"), project.broker.hlen("unacked"), waiting.state) == (0, 1, "PENDING")
 
 
 def test_inspect_names_tasks_that_are_pending(project):

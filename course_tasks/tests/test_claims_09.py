@@ -294,13 +294,15 @@ def test_the_worker_that_finds_an_error_runs_the_error_callback_with_three_argum
     logged(project, "complaint: fail ValueError str press")
 
 
-def test_a_worker_forgets_revoked_ids_when_it_is_restarted(project):
+@pytest.mark.parametrize("option, end", [("", "Task ok[cancelled] succeeded"), ("--statedb=known", "Discarding")])
+def test_a_worker_forgets_revoked_ids_when_it_is_restarted_without_a_file_for_them(project, option, end):
     stands(
         "09b",
+        "only in their memory, unless you start them with `--statedb` and the name of a file.",
         "If all of them are restarted before the chain goes on, they have forgotten that it was cancelled.",
     )
     (project.folder / "press.py").write_text(PRESS)
-    worker = "celery -A press worker --pool=solo -n {}@%h --without-mingle --without-gossip"
+    worker = f"celery -A press worker --pool=solo -n {{}}@%h --without-mingle --without-gossip {option}"
     project.worker(worker.format("one"))
     client = project.client()
     pid = node_stats(client, "one")["pid"]
@@ -309,7 +311,7 @@ def test_a_worker_forgets_revoked_ids_when_it_is_restarted(project):
     until(lambda: not psutil.pid_exists(pid), "the worker ends")
     project.worker(worker.format("two"))
     client.send_task("ok", task_id="cancelled")
-    logged(project, "Task ok[cancelled] succeeded")
+    logged(project, end)
 
 
 PRESS = """
@@ -453,6 +455,21 @@ def test_revoke_stores_revoked_at_once_and_a_cancelled_link_is_discarded(parts):
     parts.broker.set("go", 1)
     logged(parts, f"Discarding revoked task: ok[{second.id}]")
     assert second.parent.get(timeout=20) == "held"
+
+
+def test_the_members_of_a_group_behind_a_failed_link_get_no_error(parts):
+    stands("09b", "if the chain ends in a group, nobody stores the error for the members of the group.")
+    stands("09b", "Then `get` waits for ever", "Only the members of a group get none.")
+    client = parts.client()
+    parts.worker(PARTS_WORKER.format(1))
+    ok, fail = call(client, "ok"), call(client, "fail", "no")
+    middle = chain(fail, group([ok, ok]), call(client, "join"), call(client, "twice"), app=client).delay()
+    end = chain(fail, group([ok, ok]), app=client).delay()
+    until(lambda: end.parent.state == middle.state == "FAILURE", "both chains have failed")
+    call(client, "ok").delay().get(timeout=20)
+    assert {member.state for member in [*end, *middle.parent.parent]} == {"PENDING"}
+    with pytest.raises(ResultTimeout):
+        end.get(timeout=1)
 
 
 def test_nobody_stores_anything_behind_a_revoked_head(parts):
