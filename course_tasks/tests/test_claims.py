@@ -3054,7 +3054,7 @@ def test_one_worker_collects_all_delayed_tasks_however_many_there_are(project):
 
 
 def test_prefetching_is_disabled_with_redis_only(project):
-    stands("06b", "which exists for Redis only")
+    stands("06b", "which exists for Redis only", "and `--disable-prefetch` has no effect there")
     notes(project, option="-b memory://", more="--pool=solo --disable-prefetch")
     logged(project, "worker_disable_prefetch is only supported for Redis brokers")
 
@@ -3086,6 +3086,26 @@ def second(self):
     assert headers["root_id"] == "a-root" not in (headers["id"], headers["parent_id"])
     assert "a-root" not in project.log()
     assert re.search(r"(?m)^\[[^]]*\] card refused$", project.log())
+
+
+def test_a_task_formatter_writes_the_task_s_id_into_a_library_s_line(project):
+    stands("07", "`celery.app.log.TaskFormatter` can write the task's id into such a line, too. But it would be the id")
+    (project.folder / "cards.py").write_text("""
+import logging
+from celery import Celery, signals
+from celery.app.log import TaskFormatter
+app = Celery("cards")
+@signals.after_setup_logger.connect
+def with_ids(logger, **options):
+    for handler in logger.handlers:
+        handler.setFormatter(TaskFormatter("%(task_id)s %(message)s"))
+@app.task(name="charge")
+def charge():
+    logging.getLogger("cards").warning("card refused")
+""")
+    project.worker("celery -A cards worker --pool=threads -c 1 --without-mingle --without-gossip")
+    charged = project.client().send_task("charge", root_id="ada")
+    logged(project, f"{charged.id} card refused")
 
 
 def test_with_redis_a_stored_success_stays(project):
@@ -3765,6 +3785,45 @@ def test_the_library_s_variable_has_the_same_name_and_the_request_s_id():
 
     anyio.run(ask)
     assert seen == [id] and asgi_correlation_id.correlation_id is not correlation_id
+
+
+def test_a_context_variable_goes_into_the_endpoint_and_comes_back_only_with_a_plain_middleware():
+    stands("07d", "With `BaseHTTPMiddleware` it can't, because it works with a copy of the context. For that you need")
+    stands(
+        "07d", "a middleware without this class (Starlette's documentation shows how), and `order` has to be an `async`"
+    )
+    seen = []
+
+    def in_a_thread(request):
+        correlation_id.set("of the endpoint")
+        return PlainTextResponse("")
+
+    async def endpoint(request):
+        seen.append(correlation_id.get())
+        return in_a_thread(request)
+
+    async def base(request, call_next):
+        correlation_id.set("ada-7")
+        answer = await call_next(request)
+        seen.append(correlation_id.get())
+        return answer
+
+    async def plain(scope, receive, send):
+        correlation_id.set("ada-7")
+        await web(scope, receive, send)
+        seen.append(correlation_id.get())
+
+    async def ask(app):
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://shop") as client:
+            await client.get("/")
+
+    web = Starlette(routes=[Route("/", endpoint)])
+    for app in (BaseHTTPMiddleware(web, base), plain):
+        anyio.run(ask, app)
+    assert seen == ["ada-7", "ada-7", "ada-7", "of the endpoint"]
+    web = Starlette(routes=[Route("/", in_a_thread)])
+    anyio.run(ask, plain)
+    assert seen[4:] == ["ada-7"]
 
 
 def test_an_id_that_is_not_reset_stays_in_the_context_of_a_test():
