@@ -3818,8 +3818,8 @@ def test_a_context_variable_goes_into_the_endpoint_and_comes_back_only_with_a_pl
             await client.get("/")
 
     web = Starlette(routes=[Route("/", endpoint)])
-    for app in (BaseHTTPMiddleware(web, base), plain):
-        anyio.run(ask, app)
+    anyio.run(ask, BaseHTTPMiddleware(web, base))
+    anyio.run(ask, plain)
     assert seen == ["ada-7", "ada-7", "ada-7", "of the endpoint"]
     web = Starlette(routes=[Route("/", in_a_thread)])
     anyio.run(ask, plain)
