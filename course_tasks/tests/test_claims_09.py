@@ -459,7 +459,11 @@ def test_revoke_stores_revoked_at_once_and_a_cancelled_link_is_discarded(parts):
 
 def test_the_members_of_a_group_behind_a_failed_link_get_no_error(parts):
     stands("09b", "if the chain ends in a group, nobody stores the error for the members of the group.")
-    stands("09b", "Then `get` waits for ever", "Only the members of a group get none.")
+    stands(
+        "09b",
+        "Then `get` waits for ever",
+        "the last one gets the error. But if the chain ends in a group, its members get none.",
+    )
     client = parts.client()
     parts.worker(PARTS_WORKER.format(1))
     ok, fail = call(client, "ok"), call(client, "fail", "no")
@@ -532,11 +536,31 @@ def test_nothing_after_replace_runs(parts):
     assert not parts.broker.exists("after")
 
 
+def test_a_chord_in_a_task_s_place_that_fails_leaves_that_task_without_an_end(parts):
+    stands(
+        "09b", "But if one of the pages fails, only `send` gets the `ChordError`. Nobody stores an end for `chapter`,"
+    )
+    stands("09b", "and an `on_error` of the chain isn't called.")
+    client = parts.client()
+    parts.worker(PARTS_WORKER.format(1))
+
+    def error_of(*links) -> tuple:
+        last = chain(*links, app=client).on_error(call(client, "note")).delay()
+        return last, type(last.get(timeout=20, propagate=False)).__name__
+
+    send, error = error_of(call(client, "swap_chord", "no"), call(client, "ok"))
+    assert error == "ChordError"
+    _, error = error_of(call(client, "fail", "no"), call(client, "ok"))
+    assert error == "ValueError"
+    until(lambda: parts.broker.lrange("notes", 0, -1) == [b"fail ValueError"], "one call of on_error")
+    assert send.parent.state == "PENDING"
+
+
 PARTS = """
 import os
 import signal
 import time
-from celery import Celery
+from celery import Celery, chord
 from redis import Redis
 app = Celery("parts")
 broker = Redis.from_url(os.environ["CELERY_BROKER_URL"])
@@ -570,4 +594,7 @@ def dies_once():
 def swap(self):
     self.replace(ok.s())
     broker.set("after", 1)
+@app.task(name="swap_chord", bind=True)
+def swap_chord(self, text):
+    self.replace(chord([ok.s(), fail.s(text)], join.s()))
 """
