@@ -299,7 +299,7 @@ def test_a_worker_forgets_revoked_ids_when_it_is_restarted_without_a_file_for_th
     stands(
         "09b",
         "only in their memory, unless you start them with `--statedb` and the name of a file.",
-        "If all of them are restarted before the chain goes on, they have forgotten that it was cancelled.",
+        "If at some moment none of them is running before the chain goes on, the next ones don't know that it was",
     )
     (project.folder / "press.py").write_text(PRESS)
     worker = f"celery -A press worker --pool=solo -n {{}}@%h --without-mingle --without-gossip {option}"
