@@ -1903,6 +1903,35 @@ def test_a_look_puts_back_every_message_that_is_old_enough(project):
         assert (project.broker.llen("shelf"), project.broker.hlen("unacked")) == (15, 0)
 
 
+@pytest.mark.parametrize("green", ["gevent", "eventlet"])
+@pytest.mark.parametrize("pool, option", [(None, {"polling_interval": 10}), ("threads", {})])
+def test_an_idle_green_worker_puts_nothing_back_unless_it_is_told_to(project, tmp_path, green, pool, option):
+    stands(
+        "03c",
+        "a worker with gevent or eventlet (chapter 05) doesn't look through `unacked` while it waits for messages.",
+    )
+    stands(
+        "03c", 'add `"polling_interval": 10` to `broker_transport_options`.', "it looks for all queues of the broker."
+    )
+    fast = {"visibility_timeout": 1, **FAST}
+    write_risk(tmp_path, broker_transport_options=fast)
+    project.worker(f"{RISKY} --pool={green} -n first@%h -Q green", seconds=60)
+    client = project.client()
+    client.send_task("buy", queue="shelf", ignore_result=True)
+
+    def waits() -> int:
+        return project.broker.info("commandstats").get("cmdstat_brpop", {"calls": 0})["calls"]
+
+    with client.connection_for_read() as connection:
+        connection.SimpleQueue("shelf").get(timeout=10)
+        begin = waits()
+        until(lambda: waits() > begin + 5, "it waits again and again, a second each time")
+        assert (project.broker.hlen("unacked"), project.broker.llen("shelf")) == (1, 0)
+        write_risk(tmp_path, broker_transport_options=fast | option)
+        project.worker(f"{RISKY} --pool={pool or green} -n second@%h -Q other", seconds=60)
+        until(lambda: project.broker.llen("shelf") == 1, "the message is back")
+
+
 def test_sigquit_itself_waits_for_the_soft_timeout(project):
     stands("03c", "a cold stop waits for that many seconds before it ends the running tasks")
     (project.folder / "holds.py").write_text(HOLDS + "app.conf.worker_soft_shutdown_timeout = 30\n")
