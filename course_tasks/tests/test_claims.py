@@ -3247,6 +3247,9 @@ def test_who_logs_what_about_a_task_and_the_main_process_s_lines_have_its_id(pro
         "07b",
         "The task's own line and `succeeded` have the id, because a child process logs them",
         "because the main process logs them, and it doesn't run any task",
+        "because a killed child doesn't log how its task has ended.",
+        "So a message is logged with its id even if nobody knows its task, so that it never becomes one.",
+        "the caller's id in an eager call, and no id in a child process.",
         "`on_timeout` | a time limit is over | `Hard time limit (1s) exceeded`",
         "`on_failure` | a hard time limit is over, or the child process has died | `Task handler raised error:`",
     )  # what the other three methods do is in test_correlation.py
@@ -3255,8 +3258,15 @@ def test_who_logs_what_about_a_task_and_the_main_process_s_lines_have_its_id(pro
         "worker_task_log_format = '%(processName)s ' + correlation.TASK_FORMAT",
     )
     settings = "\n".join(f"app.conf.{setting}" for setting in formats)
-    ids_worker(project, "shop", settings=settings, pool="prefork -c 2")
-    pack, hang, lost = (under(project, "shop", name) for name in ("pack", "hang", "lost"))
+    after = """
+import logging
+from celery import signals
+@signals.task_postrun.connect
+def after(task, **_):
+    logging.warning("after %s", task.request.id)
+"""
+    ids_worker(project, "shop", settings=settings, more=after, pool="prefork -c 2")
+    pack, hang, lost, _ = (under(project, "shop", name) for name in ("pack", "hang", "lost", "nosuch"))
     said = {
         "MainProcess": [
             (" received", pack),
@@ -3269,6 +3279,10 @@ def test_who_logs_what_about_a_task_and_the_main_process_s_lines_have_its_id(pro
         for text, task in lines:
             line = line_of(project, text, "" if "WorkerLost" in text else task.id[:8])
             assert line.startswith(process) and " ada-7] " in line, line
+    assert " ada-7] " in line_of(project, "Received unregistered task of type 'nosuch'")
+    assert " -] " in line_of(project, f"after {pack.id}")
+    ends = [line for line in project.log().splitlines() if line.startswith("Fork") and hang.id[:8] in line]
+    assert not [line for line in ends if "succeeded" in line or "raised" in line]
 
 
 @pytest.mark.parametrize(
