@@ -851,7 +851,7 @@ def test_get_passes_on_what_it_hears_meanwhile_about_another_task(project):
 
 
 def test_a_task_that_the_worker_does_not_know_fails_without_being_started(project):
-    stands("02b", "└──> FAILURE (the worker doesn't know the task's name)")
+    stands("02b", "└──> FAILURE (an unknown name)")
     notes(project, "task_track_started = True")
     before, asked = writes(project), project.client().send_task("unknown")
     with pytest.raises(NotRegistered):
@@ -3251,7 +3251,7 @@ def test_who_logs_what_about_a_task_and_the_main_process_s_lines_have_its_id(pro
         "because a killed child doesn't log how its task has ended.",
         "So a message is logged with its id even if nobody knows its task, so that it never becomes one.",
         "the caller's id in an eager call, and no id in a child process.",
-        "`on_timeout` | a time limit is over | `Hard time limit (1s) exceeded`",
+        "`on_timeout` | a time limit is over | `Hard time limit (1s) exceeded`, or `Soft` |",
         "`on_failure` | a hard time limit is over, or the child process has died | `Task handler raised error:`",
     )  # what the other three methods do is in test_correlation.py
     formats = (
@@ -3265,13 +3265,18 @@ from celery import signals
 @signals.task_postrun.connect
 def after(task, **_):
     logging.warning("after %s", task.request.id)
+@app.task(name="soft", soft_time_limit=1)
+def soft():
+    time.sleep(60)
 """
     ids_worker(project, "shop", settings=settings, more=after, pool="prefork -c 2")
-    pack, hang, lost, _ = (under(project, "shop", name) for name in ("pack", "hang", "lost", "nosuch"))
+    names = ("pack", "hang", "soft", "lost", "nosuch")
+    pack, hang, soft, lost, _ = (under(project, "shop", name) for name in names)
     said = {
         "MainProcess": [
             (" received", pack),
             ("Hard time limit (1s) exceeded", hang),
+            ("Soft time limit (1s) exceeded", soft),
             ("Task handler raised error: WorkerLostError", lost),
         ],
         "ForkPoolWorker": [(": packed", pack), (" succeeded in ", pack)],
