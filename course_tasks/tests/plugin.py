@@ -33,6 +33,7 @@ from xdist.scheduler import LoadScopeScheduling
 from course_tasks import copies, exercises, servers
 from course_tasks.authoring import kernels, record
 from course_tasks.classroom import free_port
+from course_tasks.classroom.toolkit import ask_worker
 from course_tasks.exercises.project import Project
 
 STACK = pytest.StashKey[contextlib.ExitStack]()
@@ -391,8 +392,7 @@ def node_stats(client: Celery, name: str) -> dict:
 def accepted(client: Celery, name: str) -> None:
     """Wait until a worker knows that a task of its has begun. A child's log line can come before that, and a cold stop
     in between takes the task for one that waits."""
-    node = f"{name}@{socket.gethostname()}"
-    until(lambda: client.control.inspect([node], timeout=5, limit=1).active()[node], f"{name} runs a task")
+    until(lambda: ask_worker(client, name, "active", seconds=60), f"{name} runs a task")
 
 
 def taken(app: Celery, task: str) -> Message:

@@ -3343,9 +3343,15 @@ for how in ("well", "badly", "Ignore", "Reject", "Retry"):
     assert said.stdout == "prerun runs postrun\n" * 5, said.stderr
 
 
+@pytest.mark.parametrize("first, shown", [("logging.basicConfig(level=10)", "True\n"), ("pass", "False\n")])
+def test_an_accepted_task_is_logged_if_the_level_was_set_before_celery_was_imported(first, shown):
+    stands("07b", "`Task accepted`, if the log had the level DEBUG when Celery was imported |")
+    looks = f"import logging; {first}; import celery.worker.request as module; print(module._does_debug)"
+    assert subprocess.check_output([sys.executable, "-c", looks], text=True) == shown
+
+
 @pytest.mark.parametrize("loop, id", [("hub", None), ("none", "ada-7")])  # gevent and eventlet have none
 def test_what_is_logged_about_an_accepted_task_has_its_id_but_not_a_lost_acknowledgement(caplog, monkeypatch, loop, id):
-    stands("07b", "`Task accepted`, if the log had the level DEBUG when Celery was imported |")
     stands("07c", "in prefork, threads and solo, `Couldn't ack`, when the connection to the broker is broken")
 
     def broken(tag, multiple):
@@ -3366,9 +3372,6 @@ def test_what_is_logged_about_an_accepted_task_has_its_id_but_not_a_lost_acknowl
         request = CorrelatedRequest(message, on_ack=on_ack, app=app, connection_errors=errors, task=add)
     caplog.set_level(logging.DEBUG, logger="celery.worker.request")
     monkeypatch.setattr("celery.worker.request._does_debug", True)  # as it is in a program that sets the level first
-    looks = "import logging; {}; import celery.worker.request as module; print(module._does_debug)"
-    for first, shown in (("logging.basicConfig(level=10)", "True\n"), ("pass", "False\n")):
-        assert subprocess.check_output([sys.executable, "-c", looks.format(first)], text=True) == shown
     with caplog.filtering(look):  # type: ignore[arg-type]  # a function will do
         request.on_accepted(1, time.monotonic())
         for later in consumer.hub._pop_ready() if consumer.hub else ():

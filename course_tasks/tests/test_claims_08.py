@@ -222,8 +222,9 @@ def test_a_late_task_is_killed_if_the_setting_says_so_when_the_connection_breaks
         "Each of them is still started twice then, but finished only once.",
     )
     early, late = cut_off(project, "worker_cancel_long_running_tasks_on_connection_loss=True", pool)
+    until(lambda: counted(project, late).get("ends") == ends, "as many runs end")
     until(lambda: early.ready() and not project.broker.exists("celery", "unacked"), "no message is left")
-    until(lambda: counted(project, late) == {"starts": 2, "ends": ends}, "as many ends")
+    assert counted(project, late) == {"starts": 2, "ends": ends}
     assert counted(project, early) == {"starts": 1, "ends": 1}
 
 
