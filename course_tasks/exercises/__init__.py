@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from celery import signals
 
 from course_tasks import copies, progress
@@ -227,7 +228,7 @@ def _limited() -> Iterator[None]:
 
 
 def unfit_spans(answer: list, tasks: int, seconds: float) -> str | None:
-    """Why a list is not what `tasks` tasks `wait` of `seconds` seconds returned; None if it is."""
+    """Why a list is not what `tasks` tasks `wait` of `seconds` seconds returned in a running worker; None if it is."""
     if not all(isinstance(value, dict) and value.keys() >= FIELDS for value in answer):
         return "these are not what the tasks return. run_tasks collects that; a result has it after get()."
     if [value["seconds"] for value in answer] != [seconds] * tasks:
@@ -237,7 +238,16 @@ def unfit_spans(answer: list, tasks: int, seconds: float) -> str | None:
         return f"each of these took more than three times as long as the {seconds} s. Did you send `wait`?"
     if any(value["end"] - value["start"] < 0.98 * seconds for value in answer):  # the two clocks may differ a little
         return f"a task here was faster than the {seconds} s that it had to wait. Take what the tasks really return."
+    if not all(map(_is_celery, {value["pid"] for value in answer})):
+        return "no worker that is running now has run them. Is the worker still there? Send the tasks again."
     return None
+
+
+def _is_celery(pid: int) -> bool:
+    try:
+        return "celery" in " ".join(psutil.Process(pid).cmdline())
+    except psutil.Error:
+        return False
 
 
 def all_of(chapter: str) -> dict[str, Exercise]:

@@ -59,13 +59,14 @@ def _wait_until_idle(client: Celery) -> None:
 def _running(answer: Callable) -> str | None:
     client = Celery(set_as_current=False)
     _wait_until_idle(client)
-    first, second = (client.send_task("add_long", args=(1, 2, seconds)) for seconds in (1.5, 0))
+    first, second = (client.send_task("add_long", args=(1, 2, seconds)) for seconds in (1.3, 0))
     deadline = time.monotonic() + 10
     while first.state != "STARTED":
         if time.monotonic() > deadline:
             return AWAY
     given = called(answer, "w1", case="for a busy worker, ")
     ended = first.state != "STARTED"
+    away = called(answer, "nobody", case="for a worker that doesn't exist, ")  # while w1 is still busy
     first.get(timeout=10), second.get(timeout=10)
     if ended and given == []:
         return "your function took longer than the task that was running. Give limit=1, so that it doesn't wait."
@@ -85,7 +86,6 @@ def _running(answer: Callable) -> str | None:
     idle = called(answer, "w1", case="for an idle worker, ")
     if idle is None or list(idle):
         return f"w1 was running nothing, and your function returned {_brief(idle)}. It should return an empty list."
-    away = called(answer, "nobody", case="for a worker that doesn't exist, ")
     if away is None:
         return None
     return f"for a worker that doesn't answer, it returned {_brief(away)}, and it should return None."
@@ -159,7 +159,7 @@ EXERCISES = {
             "        return {task['id'] for task in ask_worker(client, name, 'active', seconds=1)}\n"
             "    except Exception:\n        return None\n\n\nanswer = ids",
             _function(
-                "for tasks in (client.control.inspect([node], timeout=1).active() or {}).values():",
+                "for tasks in (client.control.inspect([node], timeout=0.6).active() or {}).values():",
                 "    return [task['id'] for task in tasks]",
             ),
         ),

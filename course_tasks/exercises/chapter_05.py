@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 
-import psutil
 from celery.exceptions import TimeoutError
 
 from course_tasks.exercises import Exercise, Question, called, unfit_spans
@@ -29,16 +28,7 @@ def _fast(answer: list) -> str | None:
     if together < 4:
         busy = "(If your pool has ten, the machine was busy: send them again.)"
         return f"at most {together} of them ran at the same time. Which pool has more slots? {busy}"
-    if not all(map(_is_celery, {value["pid"] for value in answer})):
-        return "no worker that is running now has run them. Is the worker still there? Send the tasks again."
     return None
-
-
-def _is_celery(pid: int) -> bool:
-    try:
-        return "celery" in " ".join(psutil.Process(pid).cmdline())
-    except psutil.Error:
-        return False
 
 
 def _pool(answer: Callable) -> str | None:
@@ -54,7 +44,7 @@ def _pool(answer: Callable) -> str | None:
     return None
 
 
-NUMBERS = 60_000_000  # a second or two of work
+NUMBERS, FETCHES = 20_000_000, 4  # less than half a second of work for each photo
 
 
 def _fetches_in_time(folder: str) -> str | None:
@@ -75,7 +65,7 @@ def _fetches_in_time(folder: str) -> str | None:
         while project.log().count("Task thumbnail[") < 3 and time.monotonic() < deadline:  # one more has been received
             time.sleep(0.02)
         # several, because a worker that is free may take one while another worker stands still
-        fetches = [client.send_task("fetch", args=(0.1,), queue="waiting") for _ in range(8)]
+        fetches = [client.send_task("fetch", args=(0.05,), queue="waiting") for _ in range(FETCHES)]
         deadline = time.monotonic() + 60
         while not all(fetch.ready() for fetch in fetches):
             if any(photo.ready() for photo in photos) or time.monotonic() > deadline:

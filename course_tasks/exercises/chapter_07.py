@@ -4,6 +4,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from course_tasks.exercises import Exercise, Question, called, sent
 from course_tasks.exercises.project import Project
@@ -61,9 +62,10 @@ LINE = re.compile(r"\[[^]]* (?P<id>\S+)\] Task (?P<task>\w+)\[(?P<own>[^]]+)\] s
 
 
 def _market(folder: str) -> str | None:
-    with Project(folder) as project:
+    with ThreadPoolExecutor() as pool, Project(folder) as project:
+        web = pool.submit(project.run, "python web.py")
         project.worker("celery -A market worker --pool=threads --concurrency=4 --without-mingle --without-gossip")
-        project.run("python web.py")
+        web.result()
         deadline, quiet = time.monotonic() + 20, 0
         while len(ended := _ended(project)) < sum(TASKS.values()) and time.monotonic() < deadline and quiet < 25:
             time.sleep(0.02)

@@ -4,6 +4,7 @@ import contextlib
 import sqlite3
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -163,12 +164,13 @@ def _pay(answer: Callable) -> str | None:
 def _loans(folder: str) -> str | None:
     file = Path(folder) / "loans.db"
     file.unlink(missing_ok=True)
-    with Project(folder) as project:
+    with ThreadPoolExecutor() as pool, Project(folder) as project:
+        ready = pool.submit(project.worker, "celery -A library worker --pool=solo --without-mingle --without-gossip")
         messages = project.loaded(MESSAGES, "library.py")
         reason = _unfit(file, messages)
         if reason:
             return reason
-        project.worker("celery -A library worker --pool=solo --without-mingle --without-gossip")
+        ready.result()
         client = project.client()
         for _ in range(2):
             value = ended(client.send_task("lend", args=("form-4", "ada", "Emma")))

@@ -1,6 +1,8 @@
 """The exercises and the quiz of chapter 09."""
 
+import itertools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 from celery import Celery, chain, group
@@ -12,6 +14,7 @@ from course_tasks.exercises import Exercise, Question, called, published, sent
 from course_tasks.exercises.project import Project
 
 PRICES = {"bread": 3, "milk": 2, "cheese": 7}
+BASKETS = ["bread", "milk", "cheese"], ["milk"]  # two runs of the program, at the same time
 
 
 def _with_tax(answer: object) -> str | None:
@@ -128,27 +131,27 @@ def _links(result: AsyncResult | GroupResult | None) -> list:
 
 
 def _orders(folder: str) -> str | None:
-    with Project(folder) as project:
-        project.worker("celery -A shop worker --pool=threads -c 4 --without-mingle")
-        for basket in (["bread", "milk", "cheese"], ["milk"]):
-            before = len(project.settled_log())
-            said = project.run(f"python order.py {' '.join(basket)}")
+    with ThreadPoolExecutor() as pool, Project(folder) as project:
+        project.worker("celery -A shop worker --pool=threads -c 4 --without-mingle --without-gossip")
+        runs = [pool.submit(project.run, f"python order.py {' '.join(basket)}") for basket in BASKETS]
+        for basket, run in zip(BASKETS, runs, strict=True):
             total = sum(PRICES[item] for item in basket)
             # what Python or Celery complain about at the program's end doesn't count
-            printed = [line.strip() for line in said.splitlines() if line.startswith("total:")]
+            printed = [line.strip() for line in run.result().splitlines() if line.startswith("total:")]
             if printed != [f"total: {total}"]:
                 found = repr(printed[0]) if printed else "no line that begins with 'total:'"
                 return f"for {' '.join(basket)} it printed {found}. It should print 'total: {total}'."
-            log = project.settled_log()[before:]
-            lookups = [line for line in log.splitlines() if "Task shop.price[" in line]
-            if not lookups:
-                return "the total is right, but no worker has looked up the prices."
-            if sum("] received" in line for line in lookups) < len(basket):
-                return "the workers have looked up some of the prices only."
-            if "Task shop.total[" not in log:
-                return "the workers look up the prices, but order.py still adds them up itself."
-            if len(basket) > 1 and any("succeeded" in line for line in lookups[: len(basket)]):
-                return "the workers look up one price after the other. Send all look-ups before you wait."
+        log = project.settled_log()
+    lookups = [line for line in log.splitlines() if "Task shop.price[" in line]
+    if not lookups:
+        return "the total is right, but no worker has looked up the prices."
+    if sum("] received" in line for line in lookups) < sum(map(len, BASKETS)):
+        return "the workers have looked up some of the prices only."
+    if log.count("Task shop.total[") < 2 * len(BASKETS):  # received, and succeeded
+        return "the workers look up the prices, but order.py still adds them up itself."
+    waiting = itertools.accumulate(1 if "] received" in line else -1 for line in lookups)
+    if max(waiting) < len(BASKETS[0]):  # one after the other, there is one of each basket
+        return "the workers look up one price after the other. Send all look-ups before you wait."
     return None
 
 

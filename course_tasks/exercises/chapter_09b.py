@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 from celery import Celery
@@ -18,7 +19,7 @@ WHY = {
     "c": "it was never sent, but the worker stores the error of `b` for it",
     "d": "it was never sent, but the worker stores the error of `b` for it",
 }
-BOOKS = (("one",), ("one", "two", "three"))
+BOOKS = (("one",), ("one", "two", "three"))  # two runs of the program, at the same time
 
 
 def _states(answer: dict) -> str | None:
@@ -64,21 +65,23 @@ def _cancel(answer: Callable) -> str | None:
 
 
 def _books(folder: str) -> str | None:
-    with Project(folder) as project:
+    with ThreadPoolExecutor() as pool, Project(folder) as project:
         project.worker("celery -A press worker --pool=threads --concurrency=2 --without-mingle --without-gossip")
-        for count, texts in enumerate(BOOKS, start=1):
-            said = project.run(f"python order.py {' '.join(texts)}").splitlines()
+        runs = [pool.submit(project.run, f"python order.py {' '.join(texts)}") for texts in BOOKS]
+        books = ["+".join(texts).upper() for texts in BOOKS]
+        for texts, book, run in zip(BOOKS, books, runs, strict=True):
+            said = run.result().splitlines()
             printed = said[0].strip() if said else ""  # Celery may complain below it when the program ends
-            wanted = "+".join(texts).upper()
-            if printed != wanted:
-                return f"`python order.py {' '.join(texts)}` prints {printed!r}, and not {wanted!r}."
-            log = project.settled_log()
-            if log.count("Task page[") < 2 * sum(map(len, BOOKS[:count])):  # received, and succeeded
-                return "not every page was printed by the worker."
-            if log.count("Task bind[") < 2 * count:
-                return "the book was not bound by the worker."
-            if not re.search(rf"Task bind\[\S+ succeeded in \S+ {re.escape(repr(wanted))}", log):
-                return f"the task bind did not return {wanted!r}. Look at what it gets from the pages."
+            if printed != book:
+                return f"`python order.py {' '.join(texts)}` prints {printed!r}, and not {book!r}."
+        log = project.settled_log()
+    if log.count("Task page[") < 2 * sum(map(len, BOOKS)):  # received, and succeeded
+        return "not every page was printed by the worker."
+    if log.count("Task bind[") < 2 * len(BOOKS):
+        return "the book was not bound by the worker."
+    for book in books:
+        if not re.search(rf"Task bind\[\S+ succeeded in \S+ {re.escape(repr(book))}", log):
+            return f"the task bind did not return {book!r}. Look at what it gets from the pages."
     return None
 
 

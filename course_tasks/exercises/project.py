@@ -1,6 +1,7 @@
 """Runs a small project that a learner has mended: on servers of its own, as they would run it in a terminal."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ class Project:
     """A learner's project at work, in a `with` block, at whose end all its processes and both servers are gone.
 
     The project gets a broker and a backend of its own, through the environment variables that Celery prefers to the
-    URLs in the code. So nothing that it does reaches the notebook's servers.
+    URLs in the code. So nothing that it does reaches the notebook's servers. Threads may run several commands at once.
 
     Args:
         folder: where the project's files are.
@@ -59,6 +61,7 @@ class Project:
             raise WrongAnswer(f"there is no folder {folder}. Run the cells that write the project first.")
         self._stack = contextlib.ExitStack()
         self._logs: list[Path] = []
+        self._numbers = itertools.count()  # of logs
 
     def __enter__(self):
         with self._stack:
@@ -113,26 +116,31 @@ class Project:
             total += running
         return total
 
-    def run(self, command: str, seconds: float = 20, name: str = "") -> str:
+    def run(
+        self, command: str, seconds: float = 20, name: str = "", hopeless: Callable[[], str | None] = lambda: None
+    ) -> str:
         """Run a command to its end.
 
         Args:
             command: what to type in the project's folder, such as "python order.py".
             seconds: how long it may take.
             name: what to call it in a reason, if not by the whole command.
+            hopeless: asked while it runs: a reason why its end is not worth waiting for, or None.
 
         Returns:
             What it printed.
 
         Raises:
-            WrongAnswer: it failed, or took longer.
+            WrongAnswer: it failed, took longer, or was hopeless.
         """
         process, log = self._start(command)
-        name = name or command
-        try:
-            code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            raise WrongAnswer(f"`{name}` was still running after {seconds:g} s: {_end(_text(log))}") from None
+        name, deadline = name or command, time.monotonic() + seconds
+        while (code := process.poll()) is None:
+            if reason := hopeless():
+                raise WrongAnswer(reason)
+            if time.monotonic() > deadline:
+                raise WrongAnswer(f"`{name}` was still running after {seconds:g} s: {_end(_text(log))}")
+            time.sleep(0.02)
         if code:
             raise WrongAnswer(f"`{name}` ended with an error: {_end(_text(log))}")
         return _text(log)
@@ -197,7 +205,7 @@ class Project:
 
     def _start(self, command: str) -> tuple[subprocess.Popen, Path]:
         """Start a command in the project's folder. It ends with the `with` block, or with this process."""
-        log = self._home / f"{len(list(self._home.iterdir()))}.log"
+        log = self._home / f"{next(self._numbers)}.log"
         process = subprocess.Popen(
             [sys.executable, "-I", SUPERVISOR, f"exec {command}", "single"],
             cwd=self.folder,

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -87,6 +88,21 @@ def test_several_workers_are_started_at_once_and_the_one_that_ends_is_named(fold
         assert project.log().count(" ready.\n") == 2
         with pytest.raises(WrongAnswer, match="`celery -A nosuch worker` ended before it was ready"):
             project.worker(f"{WORKER} -n three", "celery -A nosuch worker")
+
+
+def test_threads_run_commands_at_the_same_time(folder):
+    with ThreadPoolExecutor() as pool, Project(str(folder)) as project:
+        commands = [f"python order.py; echo {number}" for number in range(4)]
+        orders = [pool.submit(project.run, f'sh -c "{command}"') for command in commands]
+        project.worker(WORKER)
+        assert [order.result() for order in orders] == [f"total 15\n{number}\n" for number in range(4)]
+
+
+def test_what_is_hopeless_is_not_waited_for(folder):
+    with Project(str(folder)) as project, pytest.raises(WrongAnswer, match=r"^nobody will answer\.$"):
+        project.run(  # without a worker, order.py would wait for 10 s
+            "python order.py", hopeless=lambda: "nobody will answer." if project.broker.llen("celery") else None
+        )
 
 
 def test_a_settled_log_has_the_end_of_each_task_that_has_ended_also_if_its_lines_are_late(folder):
