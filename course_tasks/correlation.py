@@ -9,8 +9,8 @@ These records have a ``-`` in place of the id:
 - those of a thread or a greenlet that a task has started, unless it runs in a copy of the task's context,
   ``copy_context().run(function)``. An asyncio task does so by itself;
 - those that a worker logs when it obeys remote control ("Tasks flagged as revoked"), about its child processes, after
-  a task's end ("Process cleanup failed", "Exception raised outside body"), in its event loop ("Couldn't ack"), and some
-  at level DEBUG;
+  a task's end ("Process cleanup failed", "Exception raised outside body"), in its event loop ("Couldn't ack"), about a
+  message that it can't decompress, and some at level DEBUG;
 - those of beat: each task that it sends begins a trail of its own.
 
 What a task prints becomes a record only if Celery redirects it (``worker_redirect_stdouts``, and no receiver of

@@ -490,7 +490,13 @@ def test_what_the_docstring_says_has_no_id(shops):
     shop.logged(f"sleep.{running}.: sleeps")
     shop.client(f"app.control.revoke({later!r})\napp.control.revoke({running!r}, terminate=True)")
     shop.client("under('a-1', 'unclean')\nunder('a-1', 'trouble')")
-    for line in (f"Tasks flagged as revoked: {later}", f"Terminating {running} (15)", "Process cleanup failed"):
+    shop.client("raw('{', {HEADER: 'a-1', 'task': 'step', 'id': 'a', 'compression': 'zlib'})")
+    for line in (
+        f"Tasks flagged as revoked: {later}",
+        f"Terminating {running} (15)",
+        "Process cleanup failed",
+        "Can't decode message body: error('Error -5 while decompressing",
+    ):
         shop.logged(re.escape(line))
         assert {found for found, message in shop.lines() if message.startswith(line)} == {"-"}, line
     shop.logged("^LookupError: no lamp$")  # a traceback's last line
@@ -498,6 +504,7 @@ def test_what_the_docstring_says_has_no_id(shops):
         "Tasks flagged as revoked",
         "Process cleanup failed",
         "Couldn't ack",
+        "can't decompress",
         "only the first line",
         "those of beat",
     ):
