@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable
@@ -76,15 +77,16 @@ def _keeps_prices(folder: str) -> str | None:
     with ThreadPoolExecutor() as pool, Project(folder) as project:
         ordered = pool.submit(project.run, "python order.py")
         project.worker("celery -A quotes worker --pool=solo --without-mingle --without-gossip")
-        task_id = project.client().send_task("price", args=(2,)).id
+        if not (order := ordered.result().split()):
+            return "`python order.py` should print the order's id."
         deadline = time.monotonic() + 10
-        while f"[{task_id}] " not in (log := project.log().partition("] received")[2]):
+        while not (end := re.search(rf"\[{re.escape(order[-1])}\] (?!received)(.+)", project.log())):
             if time.monotonic() > deadline:
-                return "the worker has not run the task price within 10 s."
+                return f"the worker has not run the task price with the id {order[-1]} within 10 s."
             time.sleep(0.02)
-        left = project.backend.ttl(f"celery-task-meta-{task_id}")
-        if "succeeded in" not in log:
-            return f"the task price fails: {log.strip().splitlines()[-1]}"
+        left = project.backend.ttl(f"celery-task-meta-{order[-1]}")
+        if not end[1].startswith("succeeded in "):
+            return f"the task price fails: it {end[1]}"
         if left == -2:
             return "the task succeeds, but no result of it is in the backend."
         if left == -1:
@@ -93,9 +95,6 @@ def _keeps_prices(folder: str) -> str | None:
             return f"now the backend keeps each result for {left} seconds, which is longer than a day."
         if left < HOUR - 60:
             return f"the backend keeps a result for {left} seconds from the worker. Customers come back within an hour."
-        order = ordered.result().split()
-        if not order:
-            return "`python order.py` should print the order's id."
         said = project.run(f"python order.py {order[-1]}").strip()
         stored = project.backend.get(f"celery-task-meta-{order[-1]}")
         if not stored or json.loads(stored)["result"] != 42 or "42" not in said:

@@ -65,9 +65,12 @@ def _prices_work(folder: str) -> str | None:
         said = project.run("python shop.py", hopeless=lambda: _no_result(project))
         if not re.search(r"\b75\b", said):
             return f"shop.py printed {said.strip()!r}, and 3 pieces for 25 each cost 75."
-        if "computing the price" not in project.settled_log():
+        if "computing the price" not in (log := project.settled_log()):
             return "shop.py prints the right number, but no task has computed it. The worker should do that."
-        if 75 not in project.results():
+        forgotten = (
+            not project.results() and _stored(project) and re.search(r" succeeded in \S+ 75$", log, re.MULTILINE)
+        )
+        if 75 not in project.results() and not forgotten:
             return (
                 "shop.py prints the right number, but it can't have it from the task: the backend has no such result."
             )
@@ -76,9 +79,17 @@ def _prices_work(folder: str) -> str | None:
 
 def _no_result(project: Project) -> str | None:
     """Why a client waits in vain: the worker stores a result before it logs the end of the task."""
-    if re.search(r" Task price\[\S+ (succeeded|raised) ", project.log()) and not project.results():
-        return "the task has ended, and the backend has no result of it. So shop.py can't get one."
-    return None
+    end = re.search(r" Task price\[\S+ (succeeded|raised unexpected: (.+))", project.log())
+    if not end or _stored(project):
+        return None
+    return (
+        f"the task price fails: {end[2]}" if end[2] else "the task has succeeded, but the backend has no result of it."
+    )
+
+
+def _stored(project: Project) -> bool:
+    """Whether the backend was ever given a result, even if a client has deleted it since."""
+    return not {"cmdstat_set", "cmdstat_setex"}.isdisjoint(project.backend.info("commandstats"))
 
 
 def _prices(task: str, body: str = "return amount * each") -> str:
@@ -176,7 +187,7 @@ EXERCISES = {
             ): "the backend has no result of it",
             _shop('print("The price is", 3 * 25)'): "no task has computed it",
             _shop('client.send_task("price", kwargs={"amount": 3, "each": 25})', "import time; time.sleep(10)")
-            + 'print("The price is", 75)\n': "the task has ended, and the backend has no result",
+            + 'print("The price is", 75)\n': "the task has succeeded, but the backend",
             _shop(
                 'client.send_task("price", kwargs={"amount": 1, "each": 25}, ignore_result=False).get(timeout=10)',
                 'print("The price is", 75)',
@@ -186,11 +197,21 @@ EXERCISES = {
             ): "printed 'The price is 175'",
             _prices('@app.task(name="price")', "print(amount * each)"): "shop.py printed 'The price is None'",
             _prices("@app.task"): "NotRegistered: 'price'",
-            _prices('@app.task(name="price", ignore_results=False, ignore_result=True)'): "So shop.py can't get one",
+            _prices('@app.task(name="price", ignore_result=True)', "return amount * eachh"): (
+                "the task price fails: NameError("
+            ),
+            _prices(
+                '@app.task(name="price", ignore_results=False, ignore_result=True)'
+            ): "the task has succeeded, but the backend has no result",
         },
         right=(
             _prices('@app.task(name="price", ignore_result=False)'),
             _prices('@app.task(name="price")', "total = each * amount\n    return total"),
+            _shop(
+                'result = client.send_task("price", kwargs={"amount": 3, "each": 25}, ignore_result=False)',
+                'print(f"{result.get(timeout=10)} euros")',
+                "result.forget()",
+            ),
         ),
     ),
 }

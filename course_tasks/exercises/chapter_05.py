@@ -44,7 +44,7 @@ def _pool(answer: Callable) -> str | None:
     return None
 
 
-NUMBERS, FETCHES = 20_000_000, 4  # less than half a second of work for each photo
+NUMBERS, FETCHES = 25_000_000, 4  # less than half a second of work for each photo
 
 
 def _fetches_in_time(folder: str) -> str | None:
@@ -61,8 +61,11 @@ def _fetches_in_time(folder: str) -> str | None:
             except TimeoutError:
                 return f"no worker has run a {name} from the queue {queue!r} within 20 s."
         photos = [client.send_task("thumbnail", args=(NUMBERS,), queue="computing") for _ in range(8)]
-        deadline = time.monotonic() + 20
-        while project.log().count("Task thumbnail[") < 3 and time.monotonic() < deadline:  # one more has been received
+        taken, since, deadline = 0, time.monotonic(), time.monotonic() + 20
+        # until one more thumbnail has been received, and the workers take no more of them
+        while (taken < 3 or time.monotonic() < since + 0.1) and time.monotonic() < deadline:
+            if (lines := project.log().count("Task thumbnail[")) != taken:
+                taken, since = lines, time.monotonic()
             time.sleep(0.02)
         # several, because a worker that is free may take one while another worker stands still
         fetches = [client.send_task("fetch", args=(0.05,), queue="waiting") for _ in range(FETCHES)]
@@ -71,6 +74,8 @@ def _fetches_in_time(folder: str) -> str | None:
             if any(photo.ready() for photo in photos) or time.monotonic() > deadline:
                 return "while thumbnails are computed, a fetch still has to wait."
             time.sleep(0.02)
+        if any({"waiting", "computing"} <= {queue["name"] for queue in queues} for queues in told):
+            return "one of the workers reads both queues. When all its slots compute, a fetch that it has taken waits."
         return None
 
 
@@ -157,6 +162,7 @@ EXERCISES = {
             _start("--pool=gevent -c 100 -Q waiting,computing"): "a fetch still has to wait",
             _start("--pool=prefork -c 2 -Q waiting,computing"): "still has to wait.",
             _start("--pool=solo -Q waiting,computing"): "while thumbnails are computed",
+            _start("--pool=gevent -c 20 -Q waiting,computing", "--pool=gevent -c 20 -Q waiting"): "reads both queues",
             _start("--pool=gevent -c 20 -Q waiting"): "no worker reads the queue 'computing'",
             _start("--pool=gevents -c 20 -Q waiting"): "ended before it was ready",
         },

@@ -96,11 +96,11 @@ QUESTIONS, SECONDS = 4, 0.3
 def _at_once(folder: str) -> str | None:
     with Project(folder) as project:
         client = project.client()
-        first, start = _ask(client, 1, seconds=0), time.monotonic()
+        start = time.monotonic()
         project.worker("sh start.sh")
         slow = "the worker said that it is ready, but it doesn't run the tasks in time."
         patience = (time.monotonic() - start) / 2  # a task of no seconds takes a small part of what a start takes
-        if not _answers(client, first, patience):
+        if not _answers(client, _ask(client, 1, seconds=0), patience):
             return slow
         if not (answers := _answers(client, _ask(client, QUESTIONS, SECONDS), timeout=20)):
             return slow
