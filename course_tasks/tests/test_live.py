@@ -35,7 +35,8 @@ from course_tasks.tests.test_terminal import Kernel
 
 POOLS = ["threads", "prefork", "solo", "gevent"]
 LONG = 60.0  # seconds that nothing may really wait for: half of it is still plenty for a busy machine
-NOBODY = 9  # the database on the broker that has no worker; the pools have 1 to 4, views 0
+# Databases on the broker; the pools have 1 to 4, views 0. A worker that had to be killed leaves its queue for orders.
+NOBODY, ALONE = 9, 12  # that of no worker ever, and that of a test with one worker
 clients: dict[int, Celery] = {}  # by database
 STEP = re.compile(r"\+(\d+\.\d{3}) s  (\w+) +(.*)")
 
@@ -205,8 +206,8 @@ def test_a_task_was_sent_no_later_than_its_worker_received_it(workers, client):
 
 def test_an_answer_that_comes_too_late_is_not_left_in_the_broker_and_a_later_order_is_answered():
     with (
-        working(NOBODY, "--pool=threads", "-c", "1", "--without-mingle"),
-        connected(NOBODY) as client,
+        working(ALONE, "--pool=threads", "-c", "1", "--without-mingle"),
+        connected(ALONE) as client,
         client.connection_for_write() as connection,
     ):
         with Journey(client, LONG) as journey:
@@ -218,8 +219,8 @@ def test_an_answer_that_comes_too_late_is_not_left_in_the_broker_and_a_later_ord
 
 def test_an_answer_that_comes_just_too_late_is_not_taken_for_one_to_the_client_s_next_order():
     with (
-        working(NOBODY, "--pool=threads", "-c", "1", "--without-mingle") as worker,
-        connected(NOBODY) as client,
+        working(ALONE, "--pool=threads", "-c", "1", "--without-mingle") as worker,
+        connected(ALONE) as client,
         client.connection_for_write() as connection,
     ):
         worker.send_signal(signal.SIGSTOP)
