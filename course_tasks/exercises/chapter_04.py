@@ -67,10 +67,9 @@ def _prices_work(folder: str) -> str | None:
             return f"shop.py printed {said.strip()!r}, and 3 pieces for 25 each cost 75."
         if "computing the price" not in (log := project.settled_log()):
             return "shop.py prints the right number, but no task has computed it. The worker should do that."
-        forgotten = (
-            not project.results() and _stored(project) and re.search(r" succeeded in \S+ 75$", log, re.MULTILINE)
-        )
-        if 75 not in project.results() and not forgotten:
+        results = project.results()
+        forgotten = not results and _stored(project) and re.search(r" succeeded in \S+ 75$", log, re.MULTILINE)
+        if 75 not in results and not forgotten:
             return (
                 "shop.py prints the right number, but it can't have it from the task: the backend has no such result."
             )

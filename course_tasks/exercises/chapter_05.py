@@ -72,7 +72,8 @@ def _fetches_in_time(folder: str) -> str | None:
             if any(photo.ready() for photo in photos) or time.monotonic() > deadline:
                 return waits
             time.sleep(0.02)
-        if any(photo.ready() and photo.date_done < max(fetch.date_done for fetch in fetches) for photo in photos):
+        last = max(fetch.date_done for fetch in fetches)
+        if any(photo.ready() and photo.date_done < last for photo in photos):
             return waits
         if any({"waiting", "computing"} <= {queue["name"] for queue in queues} for queues in told):
             return "one of the workers reads both queues. When all its slots compute, a fetch that it has taken waits."

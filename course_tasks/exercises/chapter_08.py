@@ -32,7 +32,7 @@ MOST, DAY, REPORT = 3, 24 * 60 * 60, 30 * 60  # starts, seconds, seconds
 SHORTEST = 59 * 60  # seconds: an hour, as some of it may be over
 PATIENCE = 0.1  # seconds
 INDEX = "unacked_index_key"  # of the messages that a worker looks through
-MODULES = "mails", "reports"
+MODULES, QUIET = ("mails", "reports"), "--pool=solo --without-mingle --without-gossip"
 SETTINGS = """
 import json, mails, reports
 print(json.dumps({m.__name__: [m.app.conf.broker_transport_options, m.app.tasks[t].acks_late]
@@ -147,8 +147,8 @@ def _lifetime(watched: Watched) -> str | None:
 
 def _nightly(folder: str) -> str | None:
     with ThreadPoolExecutor() as pool, Project(folder) as project:
-        options = "--pool=solo --without-mingle --without-gossip"
-        ready = pool.submit(project.worker, *(f"celery -A {m} worker -Q {m} -n {m}@%h {options}" for m in MODULES))
+        commands = [f"celery -A {name} worker -Q {name} -n {name}@%h {QUIET}" for name in MODULES]
+        ready = pool.submit(project.worker, *commands)
         settings = project.loaded(SETTINGS, "mails.py")
         apart = len({(options or {}).get(INDEX, "unacked_index") for options, _ in settings.values()}) > 1
         for module, (options, late) in settings.items():

@@ -385,8 +385,7 @@ def logged(project: Project, text: str) -> None:
 
 def node_stats(client: Celery, name: str) -> dict:
     """What a worker says about itself."""
-    node = f"{name}@{socket.gethostname()}"
-    return until(lambda: client.control.inspect([node], timeout=5, limit=1).stats(), f"{name} answers")[node]
+    return ask_worker(client, name, seconds=60)
 
 
 def accepted(client: Celery, name: str) -> None:
